@@ -1,0 +1,40 @@
+"""What can go wrong, by whose fault, because that decides what happens next.
+
+===============  ==========================  ===============  =========
+class            meaning                     retried          exit code
+===============  ==========================  ===============  =========
+ConfigError      the configuration is wrong  never            2
+DataError        the data is wrong           never            2
+InfraError       a machine or service failed yes, it resumes  1
+===============  ==========================  ===============  =========
+
+The message of each is one line that says what is wrong, where, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class PipelineError(Exception):
+    """Base of all errors whose message is meant for the user as it stands."""
+
+    exit_code = 1
+
+
+class ConfigError(PipelineError):
+    """A setting is unknown, missing or cannot work."""
+
+    exit_code = 2
+
+
+class DataError(PipelineError):
+    """The input cannot be used."""
+
+    exit_code = 2
+
+
+class InfraError(PipelineError):
+    """A machine, disk or service failed; running again resumes where this run stopped."""
+
+
+USER_ERRORS = (ConfigError, DataError)
+"""Errors that running again cannot mend."""
