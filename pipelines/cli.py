@@ -34,9 +34,10 @@ def _with_config(command: Any) -> Any:
     return command
 
 
-@click.group(context_settings=_CONTEXT)
+@click.group(context_settings=_CONTEXT, invoke_without_command=True)
 @click.version_option(package_name="deconv", message="%(version)s")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     r"""Train convolution/deconvolution language models and register them in MLflow.
 
     \b
@@ -45,11 +46,15 @@ def cli() -> None:
       deconv plan --set corpus.path=data/shards     what a run would do
       deconv generate "Return the"                  text from the champion
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 @cli.command()
 @_with_config
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the summary to this file too.")
+@click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the summary to this file too."
+)
 def run(preset: str, file: Path | None, overrides: tuple[str, ...], json_file: Path | None) -> None:
     r"""Run the pipeline: corpus, tokenizer, tokens, train, evaluate, register.
 
@@ -72,6 +77,9 @@ def run(preset: str, file: Path | None, overrides: tuple[str, ...], json_file: P
     environment = read_environment()
     plan(config)  # whatever is wrong with the configuration or the corpus ends the run here, before anything starts
     Storage(environment.storage).check_writable()
+    _check_folder("DECONV_HOME", environment.home)
+    if json_file is not None:
+        _check_folder("--json", json_file.absolute().parent)
     configure_logging()
     signal.signal(signal.SIGTERM, _interrupt)
     server = None if os.environ.get("PREFECT_API_URL") else EmbeddedPrefect(environment.home)
@@ -90,6 +98,16 @@ def run(preset: str, file: Path | None, overrides: tuple[str, ...], json_file: P
         if server is not None:
             server.stop()
     _show_summary(summary, _same_arguments(preset, file, overrides), json_file)
+
+
+def _check_folder(setting: str, folder: Path) -> None:
+    """Refuse before any work what could not be written after it."""
+    from pipelines.files import check_folder
+
+    try:
+        check_folder(folder)
+    except OSError as error:
+        raise ConfigError(f"{setting}: the folder {folder} cannot be written ({error.strerror})") from error
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
@@ -291,7 +309,7 @@ def _main() -> int:
         return stop.exit_code
     except click.UsageError as error:
         where = f"; see {error.ctx.command_path} --help" if error.ctx else ""
-        return _fail(f"{error.format_message()}{where}", error.exit_code)
+        return _fail(f"{error.format_message().rstrip('.')}{where}", error.exit_code)
     except PipelineError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):

@@ -23,6 +23,9 @@ PRESETS = Path(__file__).parent / "presets"
 BYTE_VALUES = 256
 SPECIAL_TOKENS = 1  # the end of a document
 
+# What looks like a date or a number and is none is a plain ValueError of the loader.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
+
 Fraction = Annotated[float, Field(gt=0.0, lt=0.5)]
 
 
@@ -164,7 +167,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise ConfigError(
             f"cannot read the configuration {file}: {getattr(error, 'strerror', None) or error}"
         ) from error
-    except yaml.YAMLError as error:
+    except _YAML_ERRORS as error:
         raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{file} must hold sections such as 'corpus:' and 'train:', not {type(data).__name__}")
@@ -186,7 +189,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r} must look like section.key=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except _YAML_ERRORS as error:
         raise ConfigError(f"--set {key}: the value {text!r} is not YAML") from error
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         value = float(value)  # YAML 1.1 takes 1e-3 for a word
@@ -209,7 +212,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 
 def _item(values: list[Any], index: str, key: str) -> Any:
-    if not index.isdigit() or int(index) >= len(values):
+    if not index.isdecimal() or int(index) >= len(values):
         raise ConfigError(f"--set {key}: {index!r} is not one of the items 0 to {len(values) - 1}")
     return values[int(index)]
 

@@ -56,7 +56,7 @@ def read_texts(uri: str, column: str) -> Iterator[str | None]:
             if fault := check_column(file.schema_arrow, column):
                 raise DataError(f"{uri} {fault}")
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[column]):
-                yield from batch.column(0).to_pylist()
+                yield from batch.column(column).to_pylist()
                 row += batch.num_rows
     except UnicodeDecodeError as error:
         raise DataError(f"{uri}: text that is not UTF-8 in rows {row} to {row + _ROWS_AT_ONCE}") from error

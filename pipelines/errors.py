@@ -19,6 +19,10 @@ class PipelineError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        # Names and values that are quoted may hold anything, and what libraries say often has several lines.
+        return " ".join(super().__str__().split())
+
 
 class ConfigError(PipelineError):
     """A setting is unknown, missing or cannot work."""

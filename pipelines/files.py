@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,10 @@ def split_uri(uri: str) -> tuple[Any | None, str]:
     Raises:
         ConfigError: The scheme is not known or the URI is malformed.
     """
-    scheme = urlsplit(uri).scheme
+    try:
+        scheme = urlsplit(uri).scheme
+    except ValueError as error:
+        raise ConfigError(f"cannot use the address {uri!r}: {one_line(error)}") from error
     if scheme in ("", "file"):
         path = unquote(urlsplit(uri).path) if scheme else uri
         return None, os.path.abspath(os.path.expanduser(path))
@@ -80,6 +84,16 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_folder(folder: Path) -> None:
+    """Make a folder if need be and see whether files can be written into it.
+
+    Raises:
+        OSError: They cannot.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def is_temporary(name: str) -> bool:

@@ -40,9 +40,11 @@ _log = get_logger(__name__)
 
 
 def _process_start(pid: int) -> str | None:
-    """Return the kernel's start time of a process, which tells it from a later one with the same number."""
+    """Return the kernel's start time of a living process, which tells it from a later one with the same number."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # A zombie was killed and waits for its parent to look, which in a container may never happen.
+        return None if fields[0] in "ZX" else fields[19]
     except (OSError, IndexError):
         return None
 
@@ -158,7 +160,7 @@ def read_lease(folder: OutputFolder) -> dict[str, Any] | None:
     """Return the lease's record, or ``None`` when nobody holds the folder."""
     try:
         record = json.loads(folder.read_bytes(LEASE_FILE))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
         return {}  # not ours and not readable: treated as an owner that died long ago

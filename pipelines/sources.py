@@ -55,15 +55,20 @@ def describe_source(section: CorpusSection) -> dict[str, Any]:
     rows = _check_footers(shards, section.text_column)
     if rows == 0:
         raise DataError(f"corpus.path {section.path}: the {len(shards)} Parquet shards hold no rows")
-    stamps = [[shard.name, shard.size, shard.modified] for shard in shards]
     fs, root = split_uri(section.path)
     return {
         "kind": "parquet",
         "root": root if fs is None else section.path,
         "shards": len(shards),
         "rows": rows,
-        "stamp": hashlib.sha256(canonical_json(stamps)).hexdigest(),
+        "stamp": stamp_of(shards),
     }
+
+
+def stamp_of(shards: list[SourceShard]) -> str:
+    """Return a digest of the names, sizes and times of change of shards."""
+    stamps = [[shard.name, shard.size, shard.modified] for shard in shards]
+    return hashlib.sha256(canonical_json(stamps)).hexdigest()
 
 
 def documented_packages() -> dict[str, str]:
@@ -94,20 +99,26 @@ def list_shards(path: str) -> list[SourceShard]:
     fs, root = split_uri(path)
     if fs is None:
         folder = Path(root)
-        if not folder.exists():
-            raise ConfigError(f"corpus.path {path}: there is no such file or folder")
-        files = [folder] if folder.is_file() else sorted(folder.rglob("*.parquet"))
-        base = folder.parent if folder.is_file() else folder
         try:
-            shards = [_local_shard(file, base) for file in files if file.is_file()]
+            if not folder.exists():
+                raise ConfigError(f"corpus.path {path}: there is no such file or folder")
+            if folder.is_file():
+                return [_local_shard(folder, folder.parent)]
+            files = sorted(file for file in folder.rglob("*.parquet") if not file.is_dir())
+            visible = [file for file in files if not _is_hidden(file.relative_to(folder).as_posix())]
+            shards = [_local_shard(file, folder) for file in visible]
         except OSError as error:
             raise DataError(f"corpus.path {path}: cannot read {error.filename}: {error.strerror}") from error
     else:
         shards = _remote_shards(fs, root, path)
-    shards = [shard for shard in shards if not any(part[0] in "._" for part in shard.name.split("/"))]
     if not shards:
         raise DataError(f"corpus.path {path}: there are no *.parquet files in this folder")
     return shards
+
+
+def _is_hidden(name: str) -> bool:
+    """Tell whether a path inside a corpus is one that writers of Parquet folders keep for themselves."""
+    return any(part[0] in "._" for part in name.split("/"))
 
 
 def _local_shard(file: Path, base: Path) -> SourceShard:
@@ -132,7 +143,8 @@ def _remote_shards(fs: Any, root: str, path: str) -> list[SourceShard]:
         if item.type == arrow_fs.FileType.File and (single or item.path.endswith(".parquet")):
             name = item.base_name if single else item.path[len(root.rstrip("/")) + 1 :]
             uri = prefix if single else f"{prefix}/{name}"
-            shards.append(SourceShard(uri, name, item.size, item.mtime_ns or 0))
+            if single or not _is_hidden(name):
+                shards.append(SourceShard(uri, name, item.size, item.mtime_ns or 0))
     return shards
 
 
@@ -150,6 +162,8 @@ def check_column(schema: Any, column: str) -> str | None:
 
     if column not in schema.names:
         return f"has no column {column!r}; its columns are {', '.join(schema.names)}"
+    if (count := schema.names.count(column)) > 1:
+        return f"has {count} columns {column!r}"
     kind = schema.field(column).type
     if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
         return f"has column {column!r} of type {kind}, not text"
@@ -200,6 +214,7 @@ def read_tokenizer_file(path: str) -> tuple[bytes, str]:
         else:
             with fs.open_input_stream(local) as stream:
                 data = stream.read()
-    except OSError as error:
-        raise ConfigError(f"tokenizer.path {path} cannot be read: {error.strerror or one_line(error)}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise ConfigError(f"tokenizer.path {path!r} cannot be read: {reason}") from error
     return data, hashlib.sha256(data).hexdigest()

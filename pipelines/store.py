@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import ConfigError
-from pipelines.files import atomic_write, file_lock, is_temporary, one_line, split_uri
+from pipelines.files import atomic_write, check_folder, file_lock, is_temporary, one_line, split_uri
 from pipelines.lease import check_lease
 
 SUCCESS_FILE = "_SUCCESS"
@@ -33,7 +33,7 @@ __all__ = ["OutputFolder", "StepOutput", "Storage", "canonical_json", "file_lock
 
 def canonical_json(data: Any) -> bytes:
     """Return the one JSON spelling of ``data`` that is hashed: sorted keys, no spaces."""
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
 def step_address(step: str, version: int, config: Any, inputs: dict[str, str]) -> str:
@@ -99,9 +99,7 @@ class StepOutput:
     def sizes(self, under: str = "") -> dict[str, int]:
         """Return the size in bytes of every file, by its name inside the folder, temporary ones left out."""
         if self.local_root is not None:
-            root = self.local_root
-            files = (p for p in (root / under).rglob("*") if p.is_file() and not is_temporary(p.name))
-            return {p.relative_to(root).as_posix(): p.stat().st_size for p in files}
+            return _local_sizes(self.local_root, under)
         from pyarrow import fs
 
         selector = fs.FileSelector(f"{self._path}/{under}".rstrip("/"), recursive=True, allow_not_found=True)
@@ -140,11 +138,22 @@ class StepOutput:
     def is_complete(self) -> bool:
         """Tell whether the folder may be read: ``_SUCCESS`` is there, and so is every file that it lists."""
         try:
-            promised = self.read_json(SUCCESS_FILE)["files"]
-        except (OSError, ValueError, KeyError):
+            promised = dict(self.read_json(SUCCESS_FILE)["files"])
+        except (OSError, ValueError, KeyError, TypeError):
             return False
         sizes = self.sizes()
         return all(sizes.get(name) == size for name, size in promised.items())
+
+
+def _local_sizes(root: Path, under: str) -> dict[str, int]:
+    sizes = {}
+    for folder, _, names in os.walk(root / under):
+        for path in (Path(folder, name) for name in names if not is_temporary(name)):
+            try:
+                sizes[path.relative_to(root).as_posix()] = path.stat().st_size
+            except FileNotFoundError:
+                continue  # removed by the owner of the folder while it was listed
+    return sizes
 
 
 class OutputFolder(StepOutput):
@@ -278,8 +287,7 @@ class Storage:
         probe = OutputFolder(f"{self.uri}/_probe-{os.getpid()}")
         try:
             if self._fs is None:
-                Path(self._path).mkdir(parents=True, exist_ok=True)
-                tempfile.TemporaryFile(dir=self._path).close()
+                check_folder(Path(self._path))
             else:
                 probe.write_bytes("probe", b"")
                 probe.remove("probe")

@@ -72,18 +72,23 @@ class StepSpec:
         """Read :meth:`to_dict`'s data.
 
         Raises:
-            ConfigError: A key is missing or unknown, the step is unknown, or it was made by another version.
+            ConfigError: A key is missing or unknown, the step is unknown, it was made by another version, or the
+                address is not that of the settings and inputs.
         """
         try:
             spec = cls(**data)
         except TypeError as error:
             raise ConfigError(f"not a step specification: {error}") from error
-        if spec.step not in STEPS:
+        if not isinstance(spec.step, str) or spec.step not in STEPS:
             raise ConfigError(f"unknown step {spec.step!r}; known are {', '.join(STEPS)}")
         if spec.version != STEPS[spec.step].version:
             raise ConfigError(
                 f"step {spec.step} is at version {STEPS[spec.step].version} here, the specification at {spec.version}"
             )
+        if spec.address != step_address(
+            spec.step, spec.version, _without(spec.config, STEPS[spec.step].ignored), spec.inputs
+        ):
+            raise ConfigError(f"{spec.address} is not the address of this specification of step {spec.step}")
         return spec
 
 

@@ -21,13 +21,14 @@ from pipelines.store import Storage
 
 def _read_spec(name: str, path: str) -> StepSpec:
     try:
-        data = json.loads(Path(path).read_text())
+        data = json.loads(Path(path).read_bytes())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} is not a step specification")
+    data.pop("state", None)  # what a plan adds for people
     spec = StepSpec.from_dict(data)
     if spec.step != name:
         raise ConfigError(f"{path} specifies step {spec.step}, not {name}")

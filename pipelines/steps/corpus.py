@@ -12,7 +12,7 @@ from typing import Any
 from pipelines.cluster import map_shards
 from pipelines.documents import SPLITS, read_texts, sha256_of, shard_uri, split_of
 from pipelines.errors import DataError
-from pipelines.sources import list_shards
+from pipelines.sources import list_shards, stamp_of
 from pipelines.store import OutputFolder, StepOutput
 
 
@@ -20,10 +20,13 @@ def run(config: dict[str, Any], inputs: dict[str, StepOutput], output: OutputFol
     """Check the corpus and write its manifest.
 
     Raises:
-        DataError: A shard cannot be read, or a split would be empty.
+        DataError: A shard cannot be read or changed since the plan was made, or a split would be empty.
     """
     if config["source"]["kind"] == "parquet":
-        names = [shard.uri for shard in list_shards(config["source"]["root"])]
+        found = list_shards(config["source"]["root"])
+        if stamp_of(found) != config["source"]["stamp"]:
+            raise DataError(f"corpus.path {config['source']['root']} changed since the run was planned: run again")
+        names = [shard.uri for shard in found]
         column = config["text_column"]
     else:
         from pipelines import python_docs

@@ -19,7 +19,10 @@ from pipelines.store import OutputFolder, StepOutput
 
 END_OF_DOCUMENT = "<|endoftext|>"
 _log = get_logger(__name__)
-_PROBE = "Byte-level: \x00\t\n naïve 試験 \U0001f642 <unk>  end"
+# Every byte that UTF-8 has, and every token that would be taken for the end of the document.
+_FIRST_OF_EACH_LEAD = (*range(0x80, 0x800, 0x40), *range(0x800, 0xD800, 0x1000), 0xE000, 0xF000, 0x10000, 0x40000)
+_CODES = (*range(0x100), *_FIRST_OF_EACH_LEAD, 0x80000, 0xC0000, 0x100000)
+_PROBE = "Byte-level:  naïve 試験 \U0001f642 <unk>" + END_OF_DOCUMENT + "".join(map(chr, _CODES))
 
 
 def run(config: dict[str, Any], inputs: dict[str, StepOutput], output: OutputFolder) -> dict[str, Any]:
@@ -33,7 +36,13 @@ def run(config: dict[str, Any], inputs: dict[str, StepOutput], output: OutputFol
         data, digest = read_tokenizer_file(config["path"])
         if digest != config["sha256"]:
             raise DataError(f"tokenizer.path {config['path']} changed while the run was starting: run again")
-        tokenizer = check_tokenizer(data, config["path"])
+        tokenizer = read_tokenizer(data, config["path"])
+        if tokenizer.truncation is not None or tokenizer.padding is not None:
+            # Made for inputs of one length: it would cut documents short without a word.
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            data = tokenizer.to_str().encode()
+        check_tokenizer(tokenizer, config["path"])
     else:
         tokenizer = _train(config, inputs["corpus"])
         data = tokenizer.to_str().encode()
@@ -49,21 +58,36 @@ def end_of_document(tokenizer: Tokenizer) -> int:
     return token
 
 
-def check_tokenizer(data: bytes, name: str) -> Tokenizer:
-    """Read a tokenizer and make sure that it can stand for any text.
+def read_tokenizer(data: bytes, name: str) -> Tokenizer:
+    """Return the tokenizer that a file holds.
 
     Raises:
-        ConfigError: It is not a tokenizer, loses bytes, or lacks ``<|endoftext|>``.
+        ConfigError: It holds none.
     """
     try:
-        tokenizer = Tokenizer.from_buffer(data)
+        return Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises plain Exception
         raise ConfigError(f"{name} is not a tokenizer.json of the tokenizers library: {error}") from error
-    end_of_document(tokenizer)
+
+
+def check_tokenizer(tokenizer: Tokenizer, name: str) -> None:
+    """Make sure that a tokenizer can stand for any text.
+
+    Raises:
+        ConfigError: It loses bytes, has gaps between its ids, or has no ``<|endoftext|>`` that text cannot spell.
+    """
+    end = end_of_document(tokenizer)
+    largest, size = max(tokenizer.get_vocab().values()), tokenizer.get_vocab_size()
+    if largest >= size:
+        raise ConfigError(f"tokenizer {name} has {size} tokens and ids up to {largest}: they must be without gaps")
+    tokenizer.encode_special_tokens = True  # as documents are encoded
     ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
     if tokenizer.decode(ids, skip_special_tokens=False) != _PROBE:
-        raise ConfigError(f"tokenizer {name} does not give back every text: a byte-level one is needed")
-    return tokenizer
+        raise ConfigError(
+            f"tokenizer {name} does not give back every text: one of bytes, without a normalizer, is needed"
+        )
+    if end in ids:
+        raise ConfigError(f"tokenizer {name}: {END_OF_DOCUMENT} must be a special token, as text may spell it")
 
 
 def _train(config: dict[str, Any], corpus: StepOutput) -> Tokenizer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,13 @@ def _reference(file: Path) -> Tokenizer:
 
 
 @functools.lru_cache(maxsize=1)
+def _special_tokens(file: Path) -> re.Pattern[str]:
+    added = _reference(file).get_added_tokens_decoder().values()
+    contents = {END_OF_DOCUMENT, *(token.content for token in added if token.special)}
+    return re.compile("|".join(map(re.escape, sorted(contents))))
+
+
+@functools.lru_cache(maxsize=1)
 def _gigatoken(file: Path) -> Any:
     import gigatoken  # its objects do not pickle: made in the process that uses them
 
@@ -150,7 +158,8 @@ def encode_reference(file: Path, texts: Sequence[str]) -> list[np.ndarray]:
 
 def encode_fast(file: Path, texts: Sequence[str]) -> list[np.ndarray]:
     """Encode texts with gigatoken, except those that spell a special token, which it would take for one."""
-    plain = [END_OF_DOCUMENT not in text for text in texts]
+    special = _special_tokens(file)
+    plain = [special.search(text) is None for text in texts]
     fast = iter(_gigatoken(file).encode_batch([t for t, p in zip(texts, plain, strict=True) if p], parallel=False))
     slow = iter(encode_reference(file, [t for t, p in zip(texts, plain, strict=True) if not p]))
     return [np.asarray(next(fast if p else slow), dtype=np.uint32) for p in plain]
