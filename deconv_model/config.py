@@ -112,14 +112,16 @@ class ModelConfig:
             require(level.stride >= 2, f"levels.{i}.stride must be at least 2, got {level.stride}")
         for i, level in enumerate(self.levels[:-1]):
             require(level.decoder is not None, f"levels.{i}.decoder is missing: only the lowest level has none")
-        require(self.levels[-1].decoder is None, f"levels.{len(self.levels) - 1}.decoder must be absent: lowest level")
+        lowest = len(self.levels) - 1
+        require(self.levels[-1].decoder is None, f"levels.{lowest}.decoder must be absent: it is the lowest level")
         require(
             self.context_length >= 2 and self.context_length % self.total_stride == 0,
             f"context_length must be a multiple of the product of strides ({self.total_stride}), "
             f"got {self.context_length}",
         )
-        require(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), got {self.dropout}")
-        require(0.0 <= self.embedding_dropout < 1.0, f"embedding_dropout must be in [0, 1), got {self.embedding_dropout}")
+        for name in ("dropout", "embedding_dropout"):
+            value = getattr(self, name)
+            require(0.0 <= value < 1.0, f"{name} must be in [0, 1), got {value}")
         require(self.logit_cap >= 0.0, f"logit_cap must be at least 0, got {self.logit_cap}")
 
     @property
@@ -146,11 +148,11 @@ class ModelConfig:
             return None if value is None else StackConfig(**value)
 
         try:
-            levels = tuple(
-                LevelConfig(**{**level, "encoder": StackConfig(**level["encoder"]), "decoder": stack(level.get("decoder"))})
+            levels = (
+                {**level, "encoder": StackConfig(**level["encoder"]), "decoder": stack(level.get("decoder"))}
                 for level in data["levels"]
             )
-            return cls(**{**data, "levels": levels})
+            return cls(**{**data, "levels": tuple(LevelConfig(**level) for level in levels)})
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a model configuration: {error}") from error
 
@@ -217,5 +219,3 @@ class TrainingConfig:
         require(self.patience >= 0, f"patience must be at least 0, got {self.patience}")
         require(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
         require(self.precision in ("auto", "float32", "bfloat16"), f"unknown precision {self.precision!r}")
-
-

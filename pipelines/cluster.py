@@ -9,7 +9,11 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pipelines import errors
@@ -17,6 +21,7 @@ from pipelines.errors import InfraError, PipelineError
 from pipelines.files import one_line
 from pipelines.progress import get_logger, progress
 
+_RETRIES = 3  # of a task whose worker died
 _log = get_logger(__name__)
 
 
@@ -36,10 +41,20 @@ def ensure_ray() -> None:
     _log.info("[ray] %s", f"connecting to {address}" if address else "starting on this machine")
     options: dict[str, Any] = {} if address else {"include_dashboard": False}
     try:
-        # "local" never attaches to somebody else's Ray on this machine.
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
+        with _kept_sigterm_handler():
+            # "local" never attaches to somebody else's Ray on this machine.
+            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         raise InfraError(f"Ray at {address or 'this machine'}: {one_line(error)}") from error
+
+
+@contextmanager
+def _kept_sigterm_handler() -> Iterator[None]:
+    """Put the handler of SIGTERM back that ``ray.init`` replaces with one that aborts the process."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def map_shards(
@@ -72,10 +87,14 @@ def map_shards(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     rows = [{"index": index, "task": json.dumps(task)} for index, task in enumerate(tasks)]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    with warnings.catch_warnings():
+        # Ray Data would start a task that kills its worker over and over for ever; 2.60 has no other way to bound it.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        mapped = dataset.map(functools.partial(_run_task, function), max_retries=_RETRIES)
     results: dict[int, dict[str, Any]] = {}
     try:
         with progress(label, total=len(tasks), unit="shards") as bar:
-            for row in dataset.map(functools.partial(_run_task, function)).iter_rows():
+            for row in mapped.iter_rows():
                 if row["error"]:
                     raise getattr(errors, row["error"])(row["result"])
                 results[row["index"]] = json.loads(row["result"])
@@ -91,5 +110,7 @@ def _run_task(function: Callable[[dict[str, Any]], dict[str, Any]], row: dict[st
         return {"index": row["index"], "error": "", "result": json.dumps(function(json.loads(row["task"])))}
     except PipelineError as error:
         return {"index": row["index"], "error": type(error).__name__, "result": str(error)}
-    except OSError as error:
-        return {"index": row["index"], "error": "InfraError", "result": f"{function.__name__}: {error}"}
+    except Exception as error:
+        _log.exception("%s failed", function.__name__)  # into the log of the worker
+        message = f"{function.__name__}: {type(error).__name__}: {error}"
+        return {"index": row["index"], "error": "InfraError", "result": message}

@@ -40,7 +40,7 @@ class CorpusSection(Section):
 
     path: str | None = Field(None, description="Folder or URI with Parquet shards; none: Python documentation strings.")
     text_column: str = Field("text", min_length=1, description="Column that holds the text.")
-    max_bytes: int = Field(14_000_000, ge=100_000, description="Text gathered when path is none, in bytes, at most.")
+    max_bytes: int = Field(12_000_000, ge=100_000, description="Text gathered when path is none, in bytes, at most.")
     valid_fraction: Fraction = Field(0.04, description="Part of the documents in the valid split.")
     test_fraction: Fraction = Field(0.04, description="Part of the documents in the test split.")
 

@@ -106,11 +106,13 @@ def _write_shards(parsed: list[str], max_bytes: int, output: OutputFolder) -> li
     for name in parsed:
         table = pq.read_table(output.local(name))
         for file, text in zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True):
-            key = hashlib.blake2b(text.encode(), digest_size=16).digest()
-            if key not in seen and total < max_bytes:
+            data = text.encode()
+            key = hashlib.blake2b(data, digest_size=16).digest()
+            size = len(data) + len("\n\n")
+            if key not in seen and total + size <= max_bytes:
                 seen.add(key)
                 documents.setdefault(file, []).append(text)
-                total += len(text.encode()) + 2
+                total += size
     ids = list(documents)
     names = []
     for shard in range(SHARDS):

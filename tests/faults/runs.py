@@ -11,12 +11,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "corpus": {"valid_fraction": 0.1, "test_fraction": 0.1},
     "tokenizer": {"vocab_size": 512},
     "model": {
@@ -32,7 +33,7 @@ CONFIG = {
         ],
     },
     "train": {
-        "steps": 60,
+        "steps": 120,
         "batch_size": 16,
         "micro_batch_size": 4,
         "eval_every": 7,
@@ -81,10 +82,10 @@ class Home:
                 start_new_session=True,
             )
 
-    def run(self) -> dict:
+    def run(self, *arguments: str) -> dict[str, Any]:
         """Run to the end and return the summary."""
         summary = self.folder / f"summary-{time.monotonic_ns()}.json"
-        process = self.start("--json", str(summary))
+        process = self.start("--json", str(summary), *arguments)
         assert process.wait(timeout=300) == 0, self.log()
         return json.loads(summary.read_text())
 
@@ -100,14 +101,22 @@ class Home:
             assert time.monotonic() < deadline, f"waited too long for {what}:\n{self.log()}"
             time.sleep(0.02)
 
-    def output(self, step: str) -> Path | None:
-        """Return the folder of a step's output, if it was begun."""
-        return next(self.steps.glob(f"{step}-*"), None)
+    def output(self, step: str) -> Path:
+        """Return the folder of a step's output, which must have been begun."""
+        return next(self.steps.glob(f"{step}-*"))
 
-    def is_running(self, step: str) -> bool:
-        """Tell whether somebody holds the lease of a step."""
-        output = self.output(step)
-        return output is not None and (output / "_lease.json").exists()
+    def has(self, step: str, files: str) -> bool:
+        """Tell whether a step's output holds a file of this pattern."""
+        return any(self.steps.glob(f"{step}-*/{files}"))
+
+    def has_begun(self, step: str) -> bool:
+        """Tell whether a step is being run or complete."""
+        return self.has(step, "_lease.json") or self.has(step, "_SUCCESS")
+
+    def has_checkpoint(self, step: int) -> bool:
+        """Tell whether there is a complete checkpoint of this training step or a later one."""
+        files = self.steps.glob("train-*/checkpoints/step-*.json")
+        return any(int(file.stem.partition("-")[2]) >= step for file in files)
 
 
 def descendants(pid: int) -> set[int]:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipelines.steps import STEPS
-from tests.faults.runs import Home, write_corpus
+from tests.faults.runs import Home
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(600)]
 
 
-def test_two_runs_at_the_same_time_share_the_work(tmp_path: Path) -> None:
-    corpus = tmp_path / "corpus"
-    write_corpus(corpus)
+def test_two_runs_at_the_same_time_share_the_work(corpus: Path, tmp_path: Path) -> None:
     home = Home(tmp_path / "both", corpus)
     files = [home.folder / "first.json", home.folder / "second.json"]
     processes = [home.start("--json", str(file)) for file in files]
@@ -31,20 +30,13 @@ def test_two_runs_at_the_same_time_share_the_work(tmp_path: Path) -> None:
     assert all(done[step] != also[step] for step in STEPS), "each step is done by exactly one of the two"
 
 
-def test_another_evaluation_repeats_only_evaluate_and_register(tmp_path: Path) -> None:
-    corpus = tmp_path / "corpus"
-    write_corpus(corpus)
-    home = Home(tmp_path / "one", corpus)
-    first = home.run()
+def test_another_evaluation_repeats_only_evaluate_and_register(undisturbed: tuple[Home, dict[str, Any]]) -> None:
+    home, first = undisturbed
     assert not any(step["cached"] for step in first["steps"])
     again = home.run()
     assert all(step["cached"] for step in again["steps"])
     assert again["registered"] == first["registered"]
-    home.config.write_text(home.config.read_text().replace("sample_tokens: 4", "sample_tokens: 5"))
-    changed = home.run()
+    changed = home.run("--set", "evaluate.sample_tokens=5")
     assert {s["step"] for s in changed["steps"] if not s["cached"]} == {"evaluate", "register"}
     assert changed["weights_sha256"] == first["weights_sha256"]
     assert (changed["registered"]["version"], changed["registered"]["alias"]) == ("2", "challenger")
-    home.config.write_text(home.config.read_text().replace("sample_tokens: 5", "sample_tokens: 4"))
-    back = home.run()
-    assert all(step["cached"] for step in back["steps"])

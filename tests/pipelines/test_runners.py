@@ -65,13 +65,13 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     return process
 
 
-def fault_of(spec, storage, error):
+def fault_of(spec, storage, error, state="resume"):
     with pytest.raises(error) as caught:
         run_step(spec, storage)
     assert len(str(caught.value).splitlines()) == 1
     assert not storage.output(spec.address).exists("_SUCCESS")
     assert read_lease(storage.output(spec.address)) is None, "the lease was not given back"
-    assert step_state(spec, storage) == "resume"
+    assert step_state(spec, storage) == state
     return str(caught.value)
 
 
@@ -188,7 +188,7 @@ def test_a_bug_gives_the_lease_back_too(spec, storage):
 
 def test_a_step_whose_input_is_not_complete_says_which(spec, storage):
     storage.output(spec.inputs["corpus"]).remove("manifest.json")
-    message = fault_of(spec, storage, InfraError)
+    message = fault_of(spec, storage, InfraError, state="to do")
     assert spec.inputs["corpus"] in message
     assert "run step corpus first" in message
 
