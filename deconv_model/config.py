@@ -217,5 +217,5 @@ class TrainingConfig:
             require(0.0 <= value <= 1.0, f"{name} must be in [0, 1], got {value}")
         require(self.warmup <= self.constant_until, f"warmup must be at most constant_until, got {self.warmup}")
         require(self.patience >= 0, f"patience must be at least 0, got {self.patience}")
-        require(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
+        require(0 <= self.seed < 2**62, f"seed must be in [0, 2**62), got {self.seed}")
         require(self.precision in ("auto", "float32", "bfloat16"), f"unknown precision {self.precision!r}")

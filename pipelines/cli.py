@@ -217,7 +217,7 @@ _model_option = click.option(
 @click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1), help="Tokens at most.")
 @click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0.0), help="0: the likeliest.")
 @click.option("--top-k", default=50, show_default=True, type=click.IntRange(0), help="Tokens sampled from; 0: all.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the sampling.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**62), help="Of the sampling.")
 def generate(text: str, model: str, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> None:
     r"""Continue TEXT with a registered model.
 
@@ -228,6 +228,8 @@ def generate(text: str, model: str, max_new_tokens: int, temperature: float, top
     """
     from pipelines.environment import read_environment
 
+    if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ConfigError("TEXT is not UTF-8")
     read_environment()
     from deconv_model.generation import generate as continue_ids
     from pipelines.registry import load_registered
@@ -315,7 +317,13 @@ def _main() -> int:
     except (KeyboardInterrupt, click.Abort):
         return _fail("interrupted; run the same command again to go on", _INTERRUPTED)
     except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at the end
         return 1
+    except Exception as error:
+        if os.environ.get("DECONV_DEBUG"):
+            raise
+        kind = type(error).__name__
+        return _fail(f"{kind}: {error} (set DECONV_DEBUG=1 to see where; running again goes on)", 1)
 
 
 def _fail(message: str, code: int) -> int:

@@ -39,12 +39,16 @@ def ensure_ray() -> None:
         return
     address = os.environ.get("RAY_ADDRESS")
     _log.info("[ray] %s", f"connecting to {address}" if address else "starting on this machine")
-    options: dict[str, Any] = {} if address else {"include_dashboard": False}
+    options: dict[str, Any] = {}
+    if not address:
+        options["include_dashboard"] = False
+        # When a run is killed, what Ray started looks for its dead head node this long before it ends itself.
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
     try:
         with _kept_sigterm_handler():
             # "local" never attaches to somebody else's Ray on this machine.
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError, ray.exceptions.RayError) as error:
         raise InfraError(f"Ray at {address or 'this machine'}: {one_line(error)}") from error
 
 

@@ -104,7 +104,7 @@ class EvaluateSection(Section):
     sample_tokens: int = Field(48, ge=1, le=10_000, description="Tokens of a continuation.")
     temperature: float = Field(0.8, ge=0.0, le=10.0, description="Of the sampling; 0 takes the likeliest token.")
     top_k: int = Field(50, ge=0, description="Tokens sampled from; 0: all.")
-    seed: int = Field(0, ge=0, description="Of the sampling and the bootstrap.")
+    seed: int = Field(0, ge=0, lt=2**62, description="Of the sampling and the bootstrap.")
 
 
 class RegisterSection(Section):

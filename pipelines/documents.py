@@ -64,6 +64,16 @@ def read_texts(uri: str, column: str) -> Iterator[str | None]:
         raise DataError(f"{uri}: cannot be read after row {row} ({one_line(error)})") from error
 
 
+def check_unchanged(uri: str, sha256: str) -> None:
+    """Refuse a shard that is not the one the corpus step read.
+
+    Raises:
+        DataError: It changed.
+    """
+    if sha256_of(uri) != sha256:
+        raise DataError(f"{uri} changed since the corpus step read it: run again")
+
+
 def documents_of(uri: str, manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield ``(split, text)`` of every document of a shard; nulls and empty texts are no documents."""
     for text in read_texts(uri, manifest["text_column"]):

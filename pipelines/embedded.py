@@ -8,6 +8,7 @@ serialised by a lock.
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import os
 import signal
 import socket
@@ -43,10 +44,11 @@ class EmbeddedPrefect:
         self._home.mkdir(parents=True, exist_ok=True)
         # Databases are migrated by whoever comes first; a second run must not do it at the same moment.
         with file_lock(self._home / "prefect.lock"):
-            fresh = not (self._home / "prefect.db").exists()
+            migrated = self._home / f"prefect-{importlib.metadata.version('prefect')}.migrated"
             self._launch()
-            if fresh:
+            if not migrated.exists():
                 self.wait()
+                migrated.touch()
 
     def _launch(self) -> None:
         with socket.socket() as probe:
@@ -69,7 +71,7 @@ class EmbeddedPrefect:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which then stops its server
 
         options = ("--host", "127.0.0.1", "--port", str(port), "--log-level", "error")
-        with self._log.open("wb") as log:
+        with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", *options],
                 env=environment,
@@ -79,11 +81,8 @@ class EmbeddedPrefect:
                 preexec_fn=die_with_parent,
             )
 
-    def wait(self) -> str:
+    def wait(self) -> None:
         """Block until the server answers.
-
-        Returns:
-            The address of its API.
 
         Raises:
             InfraError: It ended or did not answer in time; the message names its log.
@@ -95,7 +94,7 @@ class EmbeddedPrefect:
                 break
             try:
                 with urllib.request.urlopen(f"{self.api_url}/health", timeout=5.0):
-                    return self.api_url
+                    return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.1)
         self.stop()

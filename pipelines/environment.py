@@ -40,6 +40,12 @@ def read_environment() -> Environment:
     home = Path(os.environ.get("DECONV_HOME") or ".deconv").expanduser().absolute()
     storage = os.environ.get("DECONV_STORAGE") or str(home / "steps")
     tracking = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        # A relative file would be another one for a process that works in another folder.
+        prefix, _, path = (tracking if name == "MLFLOW_TRACKING_URI" else os.environ.get(name, "")).partition(":///")
+        if prefix.startswith("sqlite") and path and not path.startswith("/"):
+            os.environ[name] = f"{prefix}:///{Path(path).absolute()}"
+            tracking = os.environ[name] if name == "MLFLOW_TRACKING_URI" else tracking
     embedded = tracking == f"sqlite:///{home / 'mlflow.db'}"
     artifacts = home / "mlflow-artifacts" if embedded else None
     os.environ["MLFLOW_TRACKING_URI"] = tracking

@@ -38,7 +38,3 @@ class DataError(PipelineError):
 
 class InfraError(PipelineError):
     """A machine, disk or service failed; running again resumes where this run stopped."""
-
-
-USER_ERRORS = (ConfigError, DataError)
-"""Errors that running again cannot mend."""

@@ -41,6 +41,10 @@ def split_uri(uri: str) -> tuple[Any | None, str]:
     if scheme in ("", "file"):
         path = unquote(urlsplit(uri).path) if scheme else uri
         return None, os.path.abspath(os.path.expanduser(path))
+    if urlsplit(uri).query:
+        raise ConfigError(
+            f"cannot use the address {uri!r}: give endpoint and region by AWS_ENDPOINT_URL and AWS_REGION"
+        )
     import pyarrow
     from pyarrow import fs
 

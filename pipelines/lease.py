@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import uuid
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,15 +112,14 @@ class Lease:
         Returns:
             ``None`` when the lease is ours now, else the record of the living owner.
         """
-        local = self._folder.local_root
-        with file_lock(local / "_lease.lock") if local else nullcontext():
+        with self._changing_hands():
             current = read_lease(self._folder)
             if current is not None:
                 if self.owner_is_alive(current):
                     return current
                 _log.info("[%s] taking over from %s, which is gone", self._folder.step, describe_owner(current))
             self._write()
-        if not local:
+        if self._folder.local_root is None:
             time.sleep(_SETTLE_S)
             current = read_lease(self._folder)
             if current is None or current.get("token") != self.token:
@@ -129,16 +128,21 @@ class Lease:
         self._thread.start()
         return None
 
+    def _changing_hands(self) -> AbstractContextManager[None]:
+        local = self._folder.local_root
+        return file_lock(local / "_lease.lock") if local else nullcontext()
+
     def _write(self) -> None:
         self._folder.write_bytes(LEASE_FILE, json.dumps(self._record(), indent=1).encode())
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
             try:
-                current = read_lease(self._folder)
-                if current is None or current.get("token") != self.token:
-                    return  # lost: the next write into the folder says so
-                self._write()
+                with self._changing_hands():
+                    current = read_lease(self._folder)
+                    if current is None or current.get("token") != self.token:
+                        return  # lost: the next write into the folder says so
+                    self._write()
             except OSError as error:
                 _log.warning("[%s] heartbeat failed: %s", self._folder.step, error)
 
@@ -149,8 +153,7 @@ class Lease:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        local = self._folder.local_root
-        with file_lock(local / "_lease.lock") if local else nullcontext():
+        with self._changing_hands():
             current = read_lease(self._folder)
             if current is not None and current.get("token") == self.token:
                 self._folder.remove(LEASE_FILE)

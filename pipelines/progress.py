@@ -21,14 +21,14 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(name)
 
 
-def configure_logging(verbose: bool = False) -> None:
+def configure_logging() -> None:
     """Send the ``pipelines`` and ``deconv_model`` loggers to standard error, one plain line a record."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%H:%M:%S"))
     for name in ("pipelines", "deconv_model"):
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
-        logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+        logger.setLevel(logging.INFO)
         logger.propagate = False
 
 

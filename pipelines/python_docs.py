@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.cluster import map_shards
+from pipelines.errors import DataError
 from pipelines.store import OutputFolder
 
 SHARDS = 16
@@ -37,9 +38,12 @@ def list_source_files(packages: dict[str, str]) -> list[tuple[str, str, int]]:
             files.append((f"python/{name.as_posix()}", str(path), path.stat().st_size))
     for package in packages:
         distribution = importlib.metadata.distribution(package)
-        for file in distribution.files or []:
-            if file.suffix == ".py" and (file.size or 0) > 0:
-                files.append((f"{package}/{file.as_posix()}", str(distribution.locate_file(file)), file.size or 0))
+        if distribution.files is None:
+            raise DataError(f"package {package} does not list its files: reinstall it with pip, or set corpus.path")
+        for file in distribution.files:
+            path = Path(str(distribution.locate_file(file)))
+            if file.suffix == ".py" and (file.size or 0) > 0 and path.exists():
+                files.append((f"{package}/{file.as_posix()}", str(path), file.size or 0))
     return sorted(files, key=lambda item: hashlib.sha256(item[0].encode()).digest())
 
 
@@ -59,7 +63,7 @@ def gather(packages: dict[str, str], max_bytes: int, output: OutputFolder) -> li
     size = -(-len(chosen) // _GROUPS)
     groups = [chosen[i : i + size] for i in range(0, len(chosen), size)]
     tasks: list[dict[str, Any]] = [
-        {"folder": output.__reduce__()[1], "name": f"parsed/group-{i:03d}.parquet", "files": group}
+        {"folder": output.to_task(), "name": f"parsed/group-{i:03d}.parquet", "files": group}
         for i, group in enumerate(groups)
     ]
     map_shards("corpus", parse_group, [task for task in tasks if not output.exists(task["name"])])
@@ -91,7 +95,7 @@ def documentation_strings(path: Path) -> list[str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's code
             tree = ast.parse(source)
-    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
     found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented))
     # A lone surrogate written as an escape is no text that UTF-8 can hold.

@@ -89,22 +89,22 @@ def find_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | No
 def find_or_create_version(
     client: MlflowClient,
     name: str,
-    address: str,
+    identity: str,
     *,
     model_id: str,
     run_id: str,
     tags: Mapping[str, str],
     description: str,
 ) -> ModelVersion:
-    """Return the one version of a name that a step's output stands for, with at least these tags.
+    """Return the one version of a name that a step's output stands for.
 
     Args:
         client: From :func:`pipelines.tracking.connected`.
         name: Name of the registered model; made if it is new.
-        address: Address of the step's output; the version carries it as the tag ``deconv.step``.
+        identity: What the version is found again by; it carries it as the tag ``deconv.step``.
         model_id: Logged model that a new version is made of.
         run_id: MLflow run that logged it.
-        tags: Lineage.
+        tags: Lineage of a new version; that of an old one never changes.
         description: What people read beside a new version.
     """
     from mlflow import MlflowException
@@ -114,20 +114,17 @@ def find_or_create_version(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    found = client.search_model_versions(f"name = '{name}' and tag.`{STEP_TAG}` = '{address}'", max_results=1)
+    found = client.search_model_versions(f"name = '{name}' and tag.`{STEP_TAG}` = '{identity}'", max_results=1)
     if not found:
         # With its tags in one transaction: a version that exists can always be found again.
         return client.create_model_version(
             name,
             f"models:/{model_id}",
             run_id=run_id,
-            tags={STEP_TAG: address, **tags},
+            tags={STEP_TAG: identity, **tags},
             description=description,
             model_id=model_id,  # a server refuses the address without it, a database does not
         )
-    for key, value in tags.items():
-        if found[0].tags.get(key) != value:
-            client.set_model_version_tag(name, found[0].version, key, value)
     return found[0]
 
 
@@ -162,7 +159,10 @@ def move_aliases(client: MlflowClient, name: str, version: str, alias: str) -> N
 def weights_tag(name: str, version: str) -> str | None:
     """Return the digest of the weights that a version says it has, ``None`` where there is no such version.
 
-    Never raises because of the registry, and makes no database where there is none.
+    Makes no database where there is none.
+
+    Raises:
+        InfraError: The registry does not answer: whether the version is there cannot be told.
     """
     database = sqlite_file(registry_uri())
     if database is not None:
@@ -174,23 +174,27 @@ def weights_tag(name: str, version: str) -> str | None:
             "WHERE tags.key = ? AND name = ? AND version = ? AND versions.current_stage != ?"
         )
         try:
-            with closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            # Writable, because a journal that a killed run left must be rolled back before anything can be read.
+            with closing(
+                sqlite3.connect(f"{database.absolute().as_uri()}?mode=rw", uri=True, timeout=30)
+            ) as connection:
                 row = connection.execute(query, (WEIGHTS_TAG, name, int(version), _DELETED_STAGE)).fetchone()
-        except (sqlite3.Error, ValueError):
-            return None
+        except sqlite3.OperationalError as error:
+            if "no such table" in str(error):
+                return None  # a database that nobody has registered anything in yet
+            raise InfraError(f"the registry {shown(registry_uri())} cannot be read: {error}") from error
+        except sqlite3.Error as error:
+            raise InfraError(f"the registry {shown(registry_uri())} cannot be read: {error}") from error
         return row[0] if row else None
     from mlflow import MlflowException
 
-    try:
-        with connected() as client:
-            try:
-                return client.get_model_version(name, version).tags.get(WEIGHTS_TAG)
-            except MlflowException as error:
-                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                    return None
-                raise
-    except InfraError:
-        return None
+    with connected() as client:
+        try:
+            return client.get_model_version(name, version).tags.get(WEIGHTS_TAG)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
 
 
 def load_registered(reference: str, device: str = "cpu") -> tuple[LanguageModel, Tokenizer, RegisteredModel]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.errors import InfraError, PipelineError
+from pipelines.errors import InfraError
 from pipelines.files import one_line
 from pipelines.lease import Lease, describe_owner
 from pipelines.progress import get_logger
@@ -58,6 +58,14 @@ def run_step(spec: StepSpec, storage: Storage) -> StepReport:
         ConfigError, DataError: By the user's fault; nothing was left as complete.
         InfraError: Running again resumes the work.
     """
+    try:
+        return _run_step(spec, storage)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise InfraError(f"step {spec.step}: {error.strerror or one_line(error)}{where}") from error
+
+
+def _run_step(spec: StepSpec, storage: Storage) -> StepReport:
     output = storage.output(spec.address)
     lease = Lease(output)
     waiting = False
@@ -90,17 +98,11 @@ def _do_work(spec: StepSpec, storage: Storage, output: OutputFolder) -> None:
             raise InfraError(f"step {spec.step} needs {inputs[name].uri}, which is not complete: run step {name} first")
     start = time.monotonic()
     _log.info("[%s] started: %s", spec.step, output.uri)
-    try:
-        output.remove(SUCCESS_FILE)
-        output.clear_temporaries()
-        output.write_json(SPEC_FILE, spec.to_dict())
-        attempts = output.read_json(PROVENANCE_FILE)["attempts"] if output.exists(PROVENANCE_FILE) else []
-        output.write_json(PROVENANCE_FILE, {"attempts": [*attempts, collect_provenance()]})
-        result = load_step(spec.step).run(spec.config, inputs, output)
-        output.finish(result, time.monotonic() - start)
-    except PipelineError:
-        raise
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise InfraError(f"step {spec.step}: {error.strerror or one_line(error)}{where}") from error
+    output.remove(SUCCESS_FILE)
+    output.clear_temporaries()
+    output.write_json(SPEC_FILE, spec.to_dict())
+    attempts = output.read_json(PROVENANCE_FILE)["attempts"] if output.exists(PROVENANCE_FILE) else []
+    output.write_json(PROVENANCE_FILE, {"attempts": [*attempts, collect_provenance()]})
+    result = load_step(spec.step).run(spec.config, inputs, output)
+    output.finish(result, time.monotonic() - start)
     _log.info("[%s] done in %.1f s", spec.step, time.monotonic() - start)

@@ -20,15 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import ConfigError
-from pipelines.files import atomic_write, check_folder, file_lock, is_temporary, one_line, split_uri
+from pipelines.files import atomic_write, check_folder, is_temporary, one_line, split_uri
 from pipelines.lease import check_lease
 
 SUCCESS_FILE = "_SUCCESS"
 RESULT_FILE = "result.json"
 SPEC_FILE = "spec.json"
 PROVENANCE_FILE = "provenance.json"
-
-__all__ = ["OutputFolder", "StepOutput", "Storage", "canonical_json", "file_lock", "step_address"]
 
 
 def canonical_json(data: Any) -> bytes:
@@ -164,7 +162,11 @@ class OutputFolder(StepOutput):
         self._token = token
 
     def __reduce__(self) -> Any:
-        return type(self), (self.uri, self._token)
+        return type(self), self.to_task()
+
+    def to_task(self) -> tuple[str, str]:
+        """Return what a task on another machine makes the same folder of: ``OutputFolder(*task)``."""
+        return self.uri, self._token
 
     def owned_by(self, token: str) -> OutputFolder:
         """Return the same folder for the holder of a lease: every write then first checks that it still is one."""

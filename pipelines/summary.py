@@ -9,6 +9,7 @@ from pipelines import report
 from pipelines.environment import read_environment
 from pipelines.files import split_uri
 from pipelines.store import StepOutput, Storage
+from pipelines.tracking import shown
 
 _SAMPLE_CHARACTERS = 400
 
@@ -89,10 +90,9 @@ def _commands(summary: dict[str, Any], model: str, again: list[str]) -> list[str
         ("generate text", f"deconv generate --model {model} 'Return the'"),
         ("show this run again", shlex.join(["deconv", "run", *again])),
     ]
-    if environment.mlflow_artifacts is not None:
-        commands.insert(0, ("open the MLflow UI", f"mlflow ui --backend-store-uri {environment.mlflow_tracking_uri}"))
-    else:
-        commands.insert(0, ("open the MLflow UI", environment.mlflow_tracking_uri))
+    uri = shown(environment.mlflow_tracking_uri)
+    ui = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    commands.insert(0, ("open the MLflow UI", ui))
     if split_uri(evaluate)[0] is None:
         commands.append(("read the report", f"{evaluate}/report.md"))
     width = max(len(label) for label, _ in commands)

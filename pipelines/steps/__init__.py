@@ -106,9 +106,13 @@ def plan(config: PipelineConfig) -> list[StepSpec]:
     from pipelines.sources import describe_source, read_tokenizer_file
 
     sections = config.to_dict()
-    sections["corpus"]["source"] = describe_source(config.corpus)
+    corpus, tokenizer = sections["corpus"], sections["tokenizer"]
+    corpus["source"] = describe_source(config.corpus)
+    # What has no say in the result has none in the address.
+    del corpus["text_column" if config.corpus.path is None else "max_bytes"]
     if config.tokenizer.path is not None:
-        sections["tokenizer"]["sha256"] = read_tokenizer_file(config.tokenizer.path)[1]
+        tokenizer["sha256"] = read_tokenizer_file(config.tokenizer.path)[1]
+        del tokenizer["vocab_size"], tokenizer["sample_bytes"]
     addresses: dict[str, str] = {}
     specs = []
     for name, kind in STEPS.items():

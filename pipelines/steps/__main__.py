@@ -1,6 +1,6 @@
 """Run one step by itself: ``python -m pipelines.steps NAME SPEC.json``.
 
-``SPEC.json`` is a step's ``spec.json``, or what ``deconv plan --json FILE`` lists under ``steps``. The storage is
+``SPEC.json`` is a step's ``spec.json``, or one of the ``steps`` that ``deconv plan --json`` prints. The storage is
 ``DECONV_STORAGE``. The result is printed as JSON and lies in the output folder; exit code 2 means that the input is at
 fault, 1 that running again may help.
 """
@@ -49,6 +49,9 @@ def main(arguments: list[str]) -> int:
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
     print(json.dumps({"uri": report.output.uri, "cached": report.cached, "result": report.output.result}))
     return 0
 

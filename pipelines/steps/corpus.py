@@ -12,7 +12,7 @@ from typing import Any
 from pipelines.cluster import map_shards
 from pipelines.documents import SPLITS, read_texts, sha256_of, shard_uri, split_of
 from pipelines.errors import DataError
-from pipelines.sources import list_shards, stamp_of
+from pipelines.sources import documented_packages, list_shards, stamp_of
 from pipelines.store import OutputFolder, StepOutput
 
 
@@ -31,6 +31,10 @@ def run(config: dict[str, Any], inputs: dict[str, StepOutput], output: OutputFol
     else:
         from pipelines import python_docs
 
+        if config["source"]["packages"] != documented_packages():
+            raise DataError(
+                "the installed packages are not those of the plan: run again, with the same ones everywhere"
+            )
         names, column = python_docs.gather(config["source"]["packages"], config["max_bytes"], output), "text"
     rule = {"text_column": column, **{key: config[key] for key in ("valid_fraction", "test_fraction")}}
     tasks = [{"name": name, "uri": shard_uri(output, name), "rule": rule} for name in names]

@@ -65,13 +65,14 @@ def run(config: dict[str, Any], inputs: dict[str, StepOutput], output: OutputFol
     """
     name = config["name"]
     lineage = _lineage(inputs, output)
+    identity = _identity(output, lineage)
     metrics = inputs["evaluate"].read_json("metrics.json")
     with tracking.connected() as client:
-        run_id = _fill_run(client, inputs, output, metrics)
-        model_id = _find_or_log_model(client, run_id, inputs, output)
+        run_id = _fill_run(client, identity, inputs, output, metrics)
+        model_id = _find_or_log_model(client, run_id, identity, inputs)
         with registry.registry_lock():
             version = registry.find_or_create_version(
-                *(client, name, output.address),
+                *(client, name, identity),
                 model_id=model_id,
                 run_id=run_id,
                 tags=lineage,
@@ -92,6 +93,16 @@ def run(config: dict[str, Any], inputs: dict[str, StepOutput], output: OutputFol
     }
 
 
+def _identity(output: OutputFolder, lineage: dict[str, str]) -> str:
+    """Return what the MLflow run, logged model and version of this output are found again by after a kill.
+
+    The address alone is not enough in a registry that outlives the storage, or that several storages share: under
+    another number of workers or on another machine the same address has other weights, by rounding.
+    """
+    digests = (lineage[registry.WEIGHTS_TAG], lineage[registry.TOKENIZER_TAG])
+    return ":".join((output.address, *(digest[:12] for digest in digests)))
+
+
 def _lineage(inputs: dict[str, StepOutput], output: OutputFolder) -> dict[str, str]:
     """Return the tags that lead from a version back to what it was made of."""
     provenance = output.read_json(PROVENANCE_FILE) if output.exists(PROVENANCE_FILE) else {"attempts": [{}]}
@@ -109,10 +120,14 @@ def _lineage(inputs: dict[str, StepOutput], output: OutputFolder) -> dict[str, s
 
 
 def _fill_run(
-    client: MlflowClient, inputs: dict[str, StepOutput], output: OutputFolder, metrics: dict[str, Any]
+    client: MlflowClient,
+    identity: str,
+    inputs: dict[str, StepOutput],
+    output: OutputFolder,
+    metrics: dict[str, Any],
 ) -> str:
     """Log settings, history, measures and files of all steps to the MLflow run of this output and return its id."""
-    run_id = tracking.find_or_create_run(client, output.address, {"deconv.train": inputs["train"].address})
+    run_id = tracking.find_or_create_run(client, identity, {"deconv.train": inputs["train"].address})
     table = report.markdown_table(*report.metrics_rows(metrics))
     client.set_tag(run_id, "mlflow.note.content", f"{report.verdict(metrics)}\n\n{table}")
 
@@ -138,13 +153,13 @@ def _fill_run(
     return run_id
 
 
-def _find_or_log_model(client: MlflowClient, run_id: str, inputs: dict[str, StepOutput], output: OutputFolder) -> str:
+def _find_or_log_model(client: MlflowClient, run_id: str, identity: str, inputs: dict[str, StepOutput]) -> str:
     """Return the id of the one logged model of this output, logging it if a killed run did not finish that."""
     import mlflow
 
     experiment = client.get_run(run_id).info.experiment_id
     ready = None
-    for model in client.search_logged_models([experiment], f"tags.`{tracking.STEP_TAG}` = '{output.address}'"):
+    for model in client.search_logged_models([experiment], f"tags.`{tracking.STEP_TAG}` = '{identity}'"):
         if model.status == mlflow.entities.LoggedModelStatus.READY:
             ready = model
         else:
@@ -152,12 +167,12 @@ def _find_or_log_model(client: MlflowClient, run_id: str, inputs: dict[str, Step
     path = list(sys.path)
     try:
         with mlflow.start_run(run_id=run_id):  # ends it as finished, or as failed when something is raised
-            return (ready or _log_model(inputs, output)).model_id
+            return (ready or _log_model(inputs, identity)).model_id
     finally:
         sys.path[:] = path  # logging tries the model out and leaves its temporary folder in front
 
 
-def _log_model(inputs: dict[str, StepOutput], output: OutputFolder) -> Any:
+def _log_model(inputs: dict[str, StepOutput], identity: str) -> Any:
     import mlflow
 
     import deconv_model
@@ -172,7 +187,7 @@ def _log_model(inputs: dict[str, StepOutput], output: OutputFolder) -> Any:
         signature=_signature(),
         input_example=([{"text": _EXAMPLE}], {"max_new_tokens": 4}),
         model_config={"end_of_document": int(manifest["end_of_document"])},
-        tags={tracking.STEP_TAG: output.address},
+        tags={tracking.STEP_TAG: identity},
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from pipelines.documents import documents_of, shard_uri
+from pipelines.documents import check_unchanged, documents_of, shard_uri
 from pipelines.errors import ConfigError, DataError
 from pipelines.progress import get_logger, progress
 from pipelines.sources import read_tokenizer_file
@@ -114,7 +114,9 @@ def _sample(sample_bytes: int, corpus: StepOutput) -> Iterator[str]:
     with progress("tokenizer", total=len(manifest["shards"]), unit="shards sampled") as bar:
         for shard in manifest["shards"]:
             taken = 0
-            for split, text in documents_of(shard_uri(corpus, shard["name"]), manifest):
+            uri = shard_uri(corpus, shard["name"])
+            check_unchanged(uri, shard["sha256"])
+            for split, text in documents_of(uri, manifest):
                 if split == "train":
                     # A single huge document must not become the whole sample.
                     piece = text[: share - taken]

@@ -18,8 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from pipelines.cluster import map_shards
-from pipelines.documents import SPLITS, documents_of, sha256_of, shard_uri
-from pipelines.errors import DataError
+from pipelines.documents import SPLITS, check_unchanged, documents_of, shard_uri
 from pipelines.files import sha256_file
 from pipelines.progress import get_logger
 from pipelines.steps.tokenizer import END_OF_DOCUMENT, end_of_document
@@ -50,7 +49,7 @@ def run(config: dict[str, Any], inputs: dict[str, StepOutput], output: OutputFol
             "label": f"{index:05d}-of-{len(shards):05d}",
             "tokenizer": tokenizer.uri,
             "checked": config["checked_documents"],
-            "folder": output.__reduce__()[1],
+            "folder": output.to_task(),
         }
         for index, shard in enumerate(shards)
     ]
@@ -73,8 +72,7 @@ def tokenize_shard(task: dict[str, Any]) -> dict[str, Any]:
     Raises:
         DataError: The shard changed since the corpus step, or cannot be read.
     """
-    if sha256_of(task["uri"]) != task["sha256"]:
-        raise DataError(f"{task['uri']} changed since the corpus step read it: run again")
+    check_unchanged(task["uri"], task["sha256"])
     output = OutputFolder(*task["folder"])
     file = StepOutput(task["tokenizer"]).local("tokenizer.json")
     reference = _reference(file)

@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines import errors
 from pipelines.cluster import ensure_ray
-from pipelines.errors import ConfigError, DataError, InfraError, PipelineError
+from pipelines.errors import ConfigError, DataError, InfraError
 from pipelines.files import one_line
 from pipelines.progress import get_logger, progress
 from pipelines.store import OutputFolder, StepOutput
@@ -42,6 +43,7 @@ def run(config: dict[str, Any], inputs: dict[str, StepOutput], output: OutputFol
         InfraError: Ray or a machine failed; running again goes on from the last checkpoint.
     """
     ensure_ray()
+    from ray.exceptions import RayError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -55,7 +57,7 @@ def run(config: dict[str, Any], inputs: dict[str, StepOutput], output: OutputFol
         "threads": threads,
         "tokens": inputs["tokens"].uri,
         "tokenizer": inputs["tokenizer"].uri,
-        "folder": output.__reduce__()[1],
+        "folder": output.to_task(),
     }
     ray_files = tempfile.mkdtemp(prefix="deconv-ray-train-") if output.local_root else f"{output.uri}/_ray"
     trainer = TorchTrainer(
@@ -72,7 +74,7 @@ def run(config: dict[str, Any], inputs: dict[str, StepOutput], output: OutputFol
     try:
         with _shown_progress(output, config["train"]["steps"]):
             trainer.fit()
-    except TrainingFailedError as error:
+    except (TrainingFailedError, RayError) as error:
         raise InfraError(f"training failed: {_worker_error(error)}; Ray's logs are in /tmp/ray") from error
     finally:
         if output.local_root:
@@ -81,8 +83,7 @@ def run(config: dict[str, Any], inputs: dict[str, StepOutput], output: OutputFol
             output.remove("_ray")
     outcome = output.read_json(_OUTCOME_FILE)
     if "error" in outcome:
-        kind = DataError if outcome["error"] == "DataError" else ConfigError
-        raise kind(outcome["message"])
+        raise getattr(errors, outcome["error"])(outcome["message"])
     output.remove("checkpoints")
     output.remove(_PROGRESS_FILE)
     return outcome
@@ -102,7 +103,10 @@ def _choose_workers(train: dict[str, Any]) -> tuple[dict[str, Any], int]:
         workers = wanted or min(gpus, train["batch_size"])
         return {"num_workers": workers, "use_gpu": True}, max(1, min(cpus // workers, 8))
     workers = wanted or min(cpus, max(1, train["batch_size"] // _SEQUENCES_A_WORKER))
-    threads = max(1, cpus // workers)
+    # A worker must fit on one node, and as many must fit as are asked for.
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    fitting = [size for size in range(1, cpus // workers + 1) if sum(node // size for node in nodes) >= workers]
+    threads = max(fitting, default=1)
     return {"num_workers": workers, "resources_per_worker": {"CPU": threads}}, threads
 
 
@@ -156,7 +160,7 @@ def train_worker(job: dict[str, Any]) -> None:
         _fit(trainer, output, rank, world_size)
         if rank == 0:
             _write_outcome(trainer, job, output, world_size)
-    except (FloatingPointError, PipelineError) as error:
+    except (FloatingPointError, ConfigError, DataError) as error:
         if rank == 0:
             kind = "ConfigError" if isinstance(error, FloatingPointError) else type(error).__name__
             message = f"training diverged: {error}" if isinstance(error, FloatingPointError) else str(error)
