@@ -41,10 +41,6 @@ def split_uri(uri: str) -> tuple[Any | None, str]:
     if scheme in ("", "file"):
         path = unquote(urlsplit(uri).path) if scheme else uri
         return None, os.path.abspath(os.path.expanduser(path))
-    if urlsplit(uri).query:
-        raise ConfigError(
-            f"cannot use the address {uri!r}: give endpoint and region by AWS_ENDPOINT_URL and AWS_REGION"
-        )
     import pyarrow
     from pyarrow import fs
 
@@ -52,6 +48,12 @@ def split_uri(uri: str) -> tuple[Any | None, str]:
         return fs.FileSystem.from_uri(uri)
     except (pyarrow.ArrowInvalid, OSError, ValueError) as error:
         raise ConfigError(f"cannot use the address {uri!r}: {one_line(error)}") from error
+
+
+def join_uri(uri: str, name: str) -> str:
+    """Return the address of something inside a folder; options such as ``?region=...`` stay at the end."""
+    folder, question, options = uri.partition("?") if "://" in uri else (uri, "", "")
+    return f"{folder.rstrip('/')}/{name}{question}{options}"
 
 
 def one_line(error: BaseException) -> str:

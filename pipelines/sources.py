@@ -17,7 +17,7 @@ from typing import Any
 
 from pipelines.config import CorpusSection
 from pipelines.errors import ConfigError, DataError
-from pipelines.files import one_line, split_uri
+from pipelines.files import join_uri, one_line, split_uri
 from pipelines.store import canonical_json
 
 _READERS = 16
@@ -137,12 +137,11 @@ def _remote_shards(fs: Any, root: str, path: str) -> list[SourceShard]:
         infos = [info] if single else fs.get_file_info(arrow_fs.FileSelector(root, recursive=True))
     except OSError as error:
         raise ConfigError(f"corpus.path {path} cannot be listed: {one_line(error)}") from error
-    prefix = path.rstrip("/")
     shards = []
     for item in sorted(infos, key=lambda item: item.path):
         if item.type == arrow_fs.FileType.File and (single or item.path.endswith(".parquet")):
             name = item.base_name if single else item.path[len(root.rstrip("/")) + 1 :]
-            uri = prefix if single else f"{prefix}/{name}"
+            uri = path if single else join_uri(path, name)
             if single or not _is_hidden(name):
                 shards.append(SourceShard(uri, name, item.size, item.mtime_ns or 0))
     return shards

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import ConfigError
-from pipelines.files import atomic_write, check_folder, is_temporary, one_line, split_uri
+from pipelines.files import atomic_write, check_folder, is_temporary, join_uri, one_line, split_uri
 from pipelines.lease import check_lease
 
 SUCCESS_FILE = "_SUCCESS"
@@ -62,9 +62,9 @@ class StepOutput:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
-        self.address = self.uri.rpartition("/")[2]
-        self.step = self.address.rpartition("-")[0]
         self._fs, self._path = split_uri(self.uri)
+        self.address = self._path.rpartition("/")[2]
+        self.step = self.address.rpartition("-")[0]
         self.local_root = Path(self._path) if self._fs is None else None
 
     def __repr__(self) -> str:
@@ -268,7 +268,7 @@ class Storage:
 
     def output(self, address: str) -> OutputFolder:
         """Return the folder of a step's output, whether it is there or not."""
-        return OutputFolder(f"{self.uri}/{address}")
+        return OutputFolder(join_uri(self.uri, address))
 
     def addresses(self) -> list[str]:
         """Return the addresses of all outputs, complete or not, by name."""
@@ -286,7 +286,7 @@ class Storage:
         Raises:
             ConfigError: They cannot; the message says why and which setting to change.
         """
-        probe = OutputFolder(f"{self.uri}/_probe-{os.getpid()}")
+        probe = OutputFolder(join_uri(self.uri, f"_probe-{os.getpid()}"))
         try:
             if self._fs is None:
                 check_folder(Path(self._path))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines import errors
 from pipelines.cluster import ensure_ray
 from pipelines.errors import ConfigError, DataError, InfraError
-from pipelines.files import one_line
+from pipelines.files import join_uri, one_line
 from pipelines.progress import get_logger, progress
 from pipelines.store import OutputFolder, StepOutput
 
@@ -59,7 +59,7 @@ def run(config: dict[str, Any], inputs: dict[str, StepOutput], output: OutputFol
         "tokenizer": inputs["tokenizer"].uri,
         "folder": output.to_task(),
     }
-    ray_files = tempfile.mkdtemp(prefix="deconv-ray-train-") if output.local_root else f"{output.uri}/_ray"
+    ray_files = tempfile.mkdtemp(prefix="deconv-ray-train-") if output.local_root else join_uri(output.uri, "_ray")
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=job,

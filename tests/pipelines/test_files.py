@@ -10,8 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.errors import ConfigError
-from pipelines.files import atomic_write, check_folder, file_lock, is_temporary, one_line, sha256_file, split_uri
-from pipelines.store import OutputFolder
+from pipelines.files import (
+    atomic_write,
+    check_folder,
+    file_lock,
+    is_temporary,
+    join_uri,
+    one_line,
+    sha256_file,
+    split_uri,
+)
+from pipelines.store import OutputFolder, Storage
 
 # Replaces one file over and over by 8 MB of a single byte value, and says when it has begun.
 WRITER = """
@@ -150,6 +159,13 @@ def test_addresses_of_object_stores_lead_to_their_file_system():
     fs, path = split_uri("s3://bucket/folder/file?region=eu-west-1")
     assert fs is not None
     assert (fs.type_name, path) == ("s3", "bucket/folder/file")
+
+
+def test_options_of_an_address_stay_at_its_end():
+    assert join_uri("s3://bucket/steps/?region=eu-west-1", "corpus-1") == "s3://bucket/steps/corpus-1?region=eu-west-1"
+    assert join_uri("/data/what?/steps", "corpus-1") == "/data/what?/steps/corpus-1"
+    output = Storage("s3://bucket/steps?region=eu-west-1").output("corpus-1")
+    assert (output.address, output.step, output._path) == ("corpus-1", "corpus", "bucket/steps/corpus-1")
 
 
 @pytest.mark.parametrize("uri", ["nope://bucket/a", "http://example.com/a", "http://[x", "c:shards"])

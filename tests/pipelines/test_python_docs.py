@@ -71,9 +71,9 @@ def test_lone_surrogates_and_wrong_escapes_are_no_harm(tmp_path, recwarn):
     assert [str(warning.message) for warning in recwarn if issubclass(warning.category, SyntaxWarning)] == []
 
 
-def test_files_that_are_gone_have_none(tmp_path):
-    assert documentation_strings(tmp_path / "nope.py") == []
-    assert documentation_strings(tmp_path) == []
+def test_a_file_that_is_gone_is_a_fault_and_not_a_smaller_corpus(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        documentation_strings(tmp_path / "nope.py")
 
 
 def test_source_files_come_in_an_order_of_their_names_alone():

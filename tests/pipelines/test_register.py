@@ -336,7 +336,8 @@ def test_a_registered_version_is_current_until_it_is_deleted(models, tmp_path, m
         assert not (tmp_path / "absent").exists()
         (tmp_path / "damaged.db").write_bytes(b"not a database" * 100)
         patched.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'damaged.db'}")
-        assert register.is_current(CONFIG, output) is False
+        with pytest.raises(InfraError, match="cannot be read"):
+            register.is_current(CONFIG, output)
 
     _client().set_model_version_tag("tiny", "1", registry.WEIGHTS_TAG, "other")
     assert register.is_current(CONFIG, output) is False
@@ -430,7 +431,8 @@ def test_an_unreachable_server_is_a_fault_that_may_pass(models, tmp_path, monkey
     assert "secret" not in str(caught.value)
     output = register_output(tmp_path, models["good"])
     output.finish({"name": "tiny", "version": "1", "weights_sha256": "0"}, 0.0)
-    assert register.is_current(CONFIG, output) is False
+    with pytest.raises(InfraError, match="failed"):  # "cannot tell" must not undo a finished step
+        register.is_current(CONFIG, output)
 
 
 def test_step_outputs_of_one_tokenizer_are_shared(tmp_path):
