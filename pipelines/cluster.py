@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,10 +20,12 @@ from typing import Any
 from pipelines import errors
 from pipelines.errors import InfraError, PipelineError
 from pipelines.files import one_line
+from pipelines.guard import start_guard
 from pipelines.progress import get_logger, progress
 
 _RETRIES = 3  # of a task whose worker died
 _log = get_logger(__name__)
+_guards: list[subprocess.Popen[bytes]] = []  # kept: the pipe to a guard closes with its object
 
 
 def ensure_ray() -> None:
@@ -39,17 +42,15 @@ def ensure_ray() -> None:
         return
     address = os.environ.get("RAY_ADDRESS")
     _log.info("[ray] %s", f"connecting to {address}" if address else "starting on this machine")
-    options: dict[str, Any] = {}
-    if not address:
-        options["include_dashboard"] = False
-        # When a run is killed, what Ray started looks for its dead head node this long before it ends itself.
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
+    options: dict[str, Any] = {} if address else {"include_dashboard": False}
     try:
         with _kept_sigterm_handler():
             # "local" never attaches to somebody else's Ray on this machine.
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, ray.exceptions.RayError) as error:
         raise InfraError(f"Ray at {address or 'this machine'}: {one_line(error)}") from error
+    if not address:
+        _guards.append(start_guard())
 
 
 @contextmanager

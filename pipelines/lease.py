@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import InfraError
 from pipelines.files import file_lock
+from pipelines.processes import process_start
 from pipelines.progress import get_logger
 
 if TYPE_CHECKING:
@@ -37,16 +38,6 @@ _SETTLE_S = 2.0  # on an object store: longer than one write takes
 
 LEASE_FILE = "_lease.json"
 _log = get_logger(__name__)
-
-
-def _process_start(pid: int) -> str | None:
-    """Return the kernel's start time of a living process, which tells it from a later one with the same number."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        # A zombie was killed and waits for its parent to look, which in a container may never happen.
-        return None if fields[0] in "ZX" else fields[19]
-    except (OSError, IndexError):
-        return None
 
 
 def _machine() -> str:
@@ -86,7 +77,7 @@ class Lease:
             "host": socket.gethostname(),
             "machine": _machine(),
             "pid": os.getpid(),
-            "process_start": _process_start(os.getpid()),
+            "process_start": process_start(os.getpid()),
             "user": _user(),
             "command": sys.argv,
             "heartbeat": time.time(),
@@ -96,7 +87,7 @@ class Lease:
         """Tell whether the owner named by a record may still be writing."""
         if record.get("machine") == _machine():
             pid = record.get("pid")
-            start = _process_start(pid) if isinstance(pid, int) else None
+            start = process_start(pid) if isinstance(pid, int) else None
             return start is not None and start == record.get("process_start")
         heartbeat = float(record.get("heartbeat", 0.0))
         if time.time() - heartbeat > _LONG_DEAD_S:

@@ -17,6 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from pipelines.processes import descendants
+
 CONFIG: dict[str, Any] = {
     "corpus": {"valid_fraction": 0.1, "test_fraction": 0.1},
     "tokenizer": {"vocab_size": 512},
@@ -119,34 +121,9 @@ class Home:
         return any(int(file.stem.partition("-")[2]) >= step for file in files)
 
 
-def descendants(pid: int) -> set[int]:
-    """Return a process and all that it started, directly or not, and that still lives."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found, queue = set(), [pid]
-    while queue:
-        current = queue.pop()
-        found.add(current)
-        queue += children.get(current, [])
-    return found
-
-
-def is_alive(pid: int) -> bool:
-    """Tell whether a process exists and is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
 def kill_all(process: subprocess.Popen[bytes]) -> None:
     """Kill a run and all its descendants with SIGKILL, as one would by hand."""
-    for pid in descendants(process.pid):
+    for pid in {process.pid, *descendants(process.pid)}:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:

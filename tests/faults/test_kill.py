@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from pipelines.files import is_temporary
+from pipelines.processes import descendants, process_start
 from pipelines.steps import STEPS
-from tests.faults.runs import Home, descendants, is_alive, kill_all
+from tests.faults.runs import Home, kill_all
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(600)]
 
@@ -85,7 +86,7 @@ def test_nothing_outlives_a_run_that_is_killed_alone_or_terminated(corpus: Path,
 
 def _wait_for_the_end_of(family: set[int]) -> None:
     deadline = time.monotonic() + 60
-    while survivors := [pid for pid in family if is_alive(pid)]:
+    while survivors := [pid for pid in family if process_start(pid) is not None]:
         assert time.monotonic() < deadline, f"still there: {[_command(pid) for pid in survivors]}"
         time.sleep(0.2)
 

@@ -17,6 +17,7 @@ SPECIAL = ["<|endoftext|>", "<|pad|>", "[SEP]"]
 ODD = [
     "<|endoftext|>",
     "an <|endoftext|> inside, <|pad|> and [SEP]",
+    "<|pad|> and [SEP] alone",
     " leading and trailing  ",
     "\r\n\x00\x7f\u2028\ufeff",
     "e\u0301 vs \u00e9, \U0001f3f3\ufe0f\u200d\U0001f308, \u0627\u0644, 試験",
