@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
-from pipelines.errors import ConfigError, PipelineError
+from pipelines.errors import ConfigError, PipelineError, interruption_behind
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _INTERRUPTED = 130
@@ -111,16 +111,9 @@ def _check_folder(setting: str, folder: Path) -> None:
         raise ConfigError(f"{setting}: the folder {folder} cannot be written ({error.strerror})") from error
 
 
-class _Interrupted:
-    """Whether this process was asked to end: what fails after that fails because of it."""
-
-    by_signal = False
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    """Treat SIGTERM, which schedulers send, as Ctrl-C, the one signal on which Ray ends a training in good order."""
-    _Interrupted.by_signal = True
-    signal.raise_signal(signal.SIGINT)
+def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+    """Treat SIGTERM, which schedulers send, as Ctrl-C; while the flow runs, Prefect has a handler of its own."""
+    raise KeyboardInterrupt
 
 
 def _prepare_prefect() -> None:
@@ -321,17 +314,15 @@ def _main() -> int:
     except click.UsageError as error:
         where = f"; see {error.ctx.command_path} --help" if error.ctx else ""
         return _fail(f"{error.format_message().rstrip('.')}{where}", error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except click.Abort:
         return _fail(_INTERRUPTED_MESSAGE, _INTERRUPTED)
     except PipelineError as error:
-        if _Interrupted.by_signal:
-            return _fail(_INTERRUPTED_MESSAGE, _INTERRUPTED)
         return _fail(str(error), error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at the end
         return 1
-    except Exception as error:
-        if _Interrupted.by_signal:  # raised inside compiled code, an interrupt comes out as something else
+    except BaseException as error:
+        if interruption_behind(error) is not None:
             return _fail(_INTERRUPTED_MESSAGE, _INTERRUPTED)
         if os.environ.get("DECONV_DEBUG"):
             raise

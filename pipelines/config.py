@@ -38,7 +38,9 @@ class Section(BaseModel):
 class CorpusSection(Section):
     """Where the text comes from and how its documents are split."""
 
-    path: str | None = Field(None, description="Folder or URI with Parquet shards; none: Python documentation strings.")
+    path: str | None = Field(
+        None, min_length=1, description="Folder or URI with Parquet shards; none: Python documentation strings."
+    )
     text_column: str = Field("text", min_length=1, description="Column that holds the text.")
     max_bytes: int = Field(12_000_000, ge=100_000, description="Text gathered when path is none, in bytes, at most.")
     valid_fraction: Fraction = Field(0.04, description="Part of the documents in the valid split.")
@@ -48,7 +50,7 @@ class CorpusSection(Section):
 class TokenizerSection(Section):
     """A byte-level BPE tokenizer: trained on a sample, or given."""
 
-    path: str | None = Field(None, description="A tokenizer.json to use as it is; none: train one.")
+    path: str | None = Field(None, min_length=1, description="A tokenizer.json to use as it is; none: train one.")
     vocab_size: int = Field(8192, ge=BYTE_VALUES + SPECIAL_TOKENS, le=1_000_000, description="Tokens, with the bytes.")
     sample_bytes: int = Field(8_000_000, ge=10_000, description="Training text to learn from, in bytes, at most.")
 

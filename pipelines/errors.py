@@ -38,3 +38,17 @@ class DataError(PipelineError):
 
 class InfraError(PipelineError):
     """A machine, disk or service failed; running again resumes where this run stopped."""
+
+
+def interruption_behind(error: BaseException) -> BaseException | None:
+    """Return the interrupt that an error comes from, ``None`` if it comes from none.
+
+    An interrupt (KeyboardInterrupt, Prefect's TerminationSignal) that is raised while compiled code runs comes out of
+    it as some other error, with the interrupt as its cause.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if not isinstance(seen, Exception):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.errors import InfraError
+from pipelines.errors import InfraError, interruption_behind
 from pipelines.files import one_line
 from pipelines.lease import Lease, describe_owner
 from pipelines.progress import get_logger
@@ -60,7 +60,11 @@ def run_step(spec: StepSpec, storage: Storage) -> StepReport:
     """
     try:
         return _run_step(spec, storage)
-    except OSError as error:
+    except Exception as error:
+        if (interrupt := interruption_behind(error)) is not None:
+            raise interrupt from error  # or a cancelled step would count as failed, and be tried again
+        if not isinstance(error, OSError):
+            raise
         where = f" ({error.filename})" if error.filename else ""
         raise InfraError(f"step {spec.step}: {error.strerror or one_line(error)}{where}") from error
 

@@ -83,5 +83,5 @@ def token_task(uri: Path, tokenizer: StepOutput, output: OutputFolder, checked: 
         "label": "00000-of-00001",
         "tokenizer": tokenizer.uri,
         "checked": checked,
-        "folder": output.__reduce__()[1],
+        "folder": output.to_task(),
     }

@@ -10,9 +10,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from pipelines.cluster import map_shards
+from pipelines.config import CorpusSection
 from pipelines.documents import SPLITS, sha256_of, split_of
 from pipelines.errors import ConfigError, DataError, InfraError
 from pipelines.runners import run_step
+from pipelines.sources import describe_source
 from pipelines.steps import load_step
 from pipelines.store import OutputFolder, StepOutput, Storage
 from tests.pipelines.corpora import (
@@ -198,7 +200,7 @@ def test_a_fault_that_only_reading_finds_names_the_shard(tmp_path, fault):
 
 def test_documentation_strings_become_a_corpus(tmp_path):
     data = {**corpus_config(tmp_path).to_dict()["corpus"], "path": None, "max_bytes": 120_000}
-    data["source"] = {"kind": "python-docs", "packages": {"click": "8"}}
+    data["source"] = describe_source(CorpusSection())
     outputs = [OutputFolder(str(tmp_path / f"corpus-{i}")) for i in range(2)]
     results = []
     for output in outputs:
@@ -210,6 +212,9 @@ def test_documentation_strings_become_a_corpus(tmp_path):
     one, two = (output.read_json("manifest.json") for output in outputs)
     assert one == two
     assert [shard["name"] for shard in one["shards"]] == sorted(outputs[0].sizes("shards"))
+    data["source"]["packages"]["click"] = "0.1"
+    with pytest.raises(DataError, match="the installed packages are not those of the plan"):
+        load_step("corpus").run(data, {}, outputs[0])
 
 
 def echo(task):

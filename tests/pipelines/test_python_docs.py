@@ -102,7 +102,7 @@ def parsed(tmp_path, groups):
             file.write_text("".join(functions))
             files.append((name, str(file)))
         names.append(f"parsed/group-{number}.parquet")
-        task = {"folder": output.__reduce__()[1], "name": names[-1], "files": files}
+        task = {"folder": output.to_task(), "name": names[-1], "files": files}
         assert parse_group(task) == {"strings": sum(map(len, group.values()))}
     return output, names
 
