@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pipelines import errors
-from pipelines.errors import InfraError, PipelineError
+from pipelines.errors import ConfigError, InfraError, PipelineError
 from pipelines.files import one_line
 from pipelines.guard import start_guard
 from pipelines.progress import get_logger, progress
@@ -32,6 +32,7 @@ def ensure_ray() -> None:
     """Connect to the cluster at ``RAY_ADDRESS``, or start one that lives as long as this process.
 
     Raises:
+        ConfigError: The cluster has several nodes, and the storage is on one of them.
         InfraError: There is no cluster at that address, or none could be started.
     """
     # Read at import: training would otherwise wait up to 2 s for every report.
@@ -49,6 +50,8 @@ def ensure_ray() -> None:
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, ray.exceptions.RayError) as error:
         raise InfraError(f"Ray at {address or 'this machine'}: {one_line(error)}") from error
+    if address and not os.environ.get("DECONV_STORAGE") and sum(node["Alive"] for node in ray.nodes()) > 1:
+        raise ConfigError("this Ray has several nodes: set DECONV_STORAGE to a folder or URI that all of them reach")
     if not address:
         _guards.append(start_guard())
 

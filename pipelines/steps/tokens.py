@@ -81,13 +81,14 @@ def tokenize_shard(task: dict[str, Any]) -> dict[str, Any]:
     texts = [text for _, text in documents]
     encode, reason = _choose_encoder(file, texts[:: max(1, len(texts) // task["checked"])])
     dtype = token_dtype(reference.get_vocab_size())
-    tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    table: dict[str, list[tuple[int, int, int]]] = {split: [] for split in SPLITS}
-    for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
-        chunk = documents[start : start + _DOCUMENTS_AT_ONCE]
-        for (split, text), ids in zip(chunk, encode([text for _, text in chunk]), strict=True):
-            tokens[split].append(np.append(ids, end).astype(dtype))
-            table[split].append((len(ids) + 1, len(text.encode()), count_words(text)))
+    try:
+        tokens, table = _encode_documents(documents, encode, end, dtype)
+    except Exception as error:
+        if reason:
+            raise
+        reason = f"gigatoken failed: {error}"
+        encode = functools.partial(encode_reference, file)
+        tokens, table = _encode_documents(documents, encode, end, dtype)
     splits = {}
     for split in SPLITS:
         name = f"{split}-{task['label']}"
@@ -108,6 +109,20 @@ def tokenize_shard(task: dict[str, Any]) -> dict[str, Any]:
     }
     output.write_json(_note(task), note)
     return {"label": task["label"]}
+
+
+def _encode_documents(
+    documents: list[tuple[str, str]], encode: Encoder, end: int, dtype: type[np.unsignedinteger[Any]]
+) -> tuple[dict[str, list[np.ndarray]], dict[str, list[tuple[int, int, int]]]]:
+    """Return the ids of each document with its end, and its row of the document table, by split."""
+    tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    table: dict[str, list[tuple[int, int, int]]] = {split: [] for split in SPLITS}
+    for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
+        chunk = documents[start : start + _DOCUMENTS_AT_ONCE]
+        for (split, text), ids in zip(chunk, encode([text for _, text in chunk]), strict=True):
+            tokens[split].append(np.append(ids, end).astype(dtype))
+            table[split].append((len(ids) + 1, len(text.encode()), count_words(text)))
+    return tokens, table
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger[Any]]:
