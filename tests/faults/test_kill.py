@@ -58,7 +58,7 @@ def test_a_run_killed_in_every_step_ends_with_the_same_weights(
     history = [json.loads((h.output("train") / "history.json").read_text()) for h in (home, undisturbed[0])]
     assert history[0] == history[1]
     attempts = json.loads((home.output("train") / "provenance.json").read_text())["attempts"]
-    assert len(attempts) == 3, "training was killed twice"
+    assert len(attempts) >= 3, "training was killed at least twice"
     leftovers = [p for p in home.steps.rglob("*") if p.name == "_lease.json" or is_temporary(p.name)]
     assert not leftovers
 
