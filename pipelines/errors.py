@@ -44,11 +44,14 @@ def interruption_behind(error: BaseException) -> BaseException | None:
     """Return the interrupt that an error comes from, ``None`` if it comes from none.
 
     An interrupt (KeyboardInterrupt, Prefect's TerminationSignal) that is raised while compiled code runs comes out of
-    it as some other error, with the interrupt as its cause.
+    it as some other error, with the interrupt as its cause. A time-out has a cancelled coroutine behind it, which is no
+    interrupt.
     """
+    from asyncio import CancelledError
+
     seen: BaseException | None = error
     while seen is not None:
-        if not isinstance(seen, Exception):
+        if not isinstance(seen, Exception | CancelledError | GeneratorExit):
             return seen
         seen = seen.__cause__ or seen.__context__
     return None
