@@ -1,197 +1,198 @@
-"""Sampling from a language model and scoring documents with it.
+"""Sampling continuations of prompts from a language model: one or a batch, at once or token by token.
 
-Both read a sequence that is longer than the context through the same windows: each is ``context_length`` long and
-begins about half of that after the one before, at a multiple of all strides, so that a token keeps its phase.
+Longer sequences than the context are read through windows (:mod:`deconv_model.windows`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from operator import index
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from deconv_model.blocks import DecodingState
-from deconv_model.config import ModelConfig
-from deconv_model.language_model import LanguageModel
-
-
-def window_step(config: ModelConfig) -> int:
-    """Return how many tokens after a window the next one begins: at most half the context, whole strides if it can."""
-    half = config.context_length // 2
-    return half // config.total_stride * config.total_stride or half
-
-
-def window_start(length: int, config: ModelConfig) -> int:
-    """Return where the window that reads the last of ``length`` tokens begins."""
-    excess = length - config.context_length
-    step = window_step(config)
-    return 0 if excess <= 0 else -(-excess // step) * step
+from deconv_model.causal_model import CausalModel, StateT, device_of, evaluation_mode
+from deconv_model.config import require
+from deconv_model.sampling import DEFAULT_OPTIONS, Sampler, SamplingOptions
+from deconv_model.windows import WindowReader
 
 
 def generate(
-    model: LanguageModel,
+    model: CausalModel[StateT],
     prompt_ids: Sequence[int],
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     stop_id: int | None = None,
+    start_id: int | None = None,
 ) -> list[int]:
     """Sample a continuation of a prompt.
 
-    A step costs the same at any position, but for attention (see :meth:`LanguageModel.step`). When the context is
-    full, the next window begins: its first half, the last half context, is read again at once. So the model sees
-    between a half and a whole context, whatever the length.
-
     Args:
         model: Used in evaluation mode; its mode is restored.
-        prompt_ids: At least one id. A prompt longer than the context is read through its last window only.
+        prompt_ids: What to continue. A prompt longer than the context is read through its last window only.
         max_new_tokens: New ids at most.
-        temperature: Divides the logits; 0 takes the most likely id, the smallest of equals.
-        top_k: Samples among this many most likely ids; 0 means all.
+        temperature: See :class:`~deconv_model.sampling.SamplingOptions`, as for the options up to ``seed``.
+        top_k: As there.
+        top_p: As there.
+        min_p: As there.
+        repetition_penalty: As there.
         seed: The same seed, model, prompt and options give the same ids. The global generator is left alone.
         stop_id: Ends the continuation; it is returned as the last id.
+        start_id: Stands before the prompt, as the end of a document does before the next one. Without it, an empty
+            prompt begins with ``stop_id``.
 
     Returns:
         The new ids only.
 
     Raises:
-        ValueError: The prompt is empty or holds an unknown id, or an option cannot work.
+        ValueError: The prompt holds an unknown id, or none and there is nothing to begin with, or an option is out of
+            range.
     """
-    vocab_size = model.config.vocab_size
-    if not prompt_ids:
-        raise ValueError("prompt_ids must hold at least one id")
-    if not all(0 <= token < vocab_size for token in prompt_ids):
-        raise ValueError(f"prompt_ids must be in [0, {vocab_size}), got {min(prompt_ids)} to {max(prompt_ids)}")
-    if max_new_tokens < 0 or temperature < 0 or top_k < 0:
-        raise ValueError(
-            f"max_new_tokens, temperature and top_k must be at least 0, got {max_new_tokens}, {temperature} and {top_k}"
-        )
-    device = model.embedding.device
-    generator = torch.Generator().manual_seed(seed)
-    ids = list(prompt_ids)
-    end = len(ids) + max_new_tokens
-    was_training = model.training
-    model.eval()
-    try:
-        state: DecodingState | None = None
-        while len(ids) < end:
-            start = window_start(len(ids), model.config)
-            if state is None or start != window_start(len(ids) - 1, model.config):
-                logits_BV, state = model.prefill(torch.tensor([ids[start:]], device=device))
-            else:
-                logits_BV = model.step(torch.tensor(ids[-1:], device=device), state)
-            ids.append(_sample(logits_BV[0].cpu(), temperature, top_k, generator))
-            if ids[-1] == stop_id:
-                break
-    finally:
-        model.train(was_training)
-    return ids[len(prompt_ids) :]
+    options = SamplingOptions(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    return list(
+        stream(model, prompt_ids, max_new_tokens=max_new_tokens, options=options, stop_id=stop_id, start_id=start_id)
+    )
 
 
-def _sample(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits_V.argmax())
-    logits_V = logits_V.double() / temperature
-    if 0 < top_k < len(logits_V):
-        kept = logits_V.topk(top_k)
-        return int(kept.indices[torch.multinomial(kept.values.softmax(0), 1, generator=generator)])
-    return int(torch.multinomial(logits_V.softmax(0), 1, generator=generator))
-
-
-class _Window(NamedTuple):
-    document: int
-    start: int  # of the window in the document
-    length: int
-    first_scored: int  # position in the window from which on losses count
-
-
-def score_documents(
-    model: LanguageModel,
-    documents: Sequence[np.ndarray],
+def generate_batch(
+    model: CausalModel[StateT],
+    prompts: Sequence[Sequence[int]],
     *,
-    start_id: int,
-    batch_tokens: int = 8192,
-    progress: Callable[[int], None] | None = None,
-) -> np.ndarray:
-    """Return the negative log-likelihood of each document in nats, float64 [documents].
+    max_new_tokens: int,
+    options: SamplingOptions = DEFAULT_OPTIONS,
+    stop_id: int | None = None,
+    start_id: int | None = None,
+) -> list[list[int]]:
+    """Sample a continuation of each prompt; the prompts may differ in length.
 
-    A document's context begins with ``start_id``; then each of its tokens is predicted, its own end included. A
-    document longer than the context is read through sliding windows, and each token is scored once, in the first
-    window that holds it: with at least half a context before it, where there is that much.
+    Continuation i is, but for rounding, that of :func:`generate` with prompt i and ``options.seed + i``.
+
+    Returns:
+        The new ids of each prompt.
+
+    Raises:
+        ValueError: As :func:`generate`.
+    """
+    new: list[list[int]] = [[] for _ in prompts]
+    for row, token in stream_batch(
+        model, prompts, max_new_tokens=max_new_tokens, options=options, stop_id=stop_id, start_id=start_id
+    ):
+        new[row].append(token)
+    return new
+
+
+def stream(
+    model: CausalModel[StateT],
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    options: SamplingOptions = DEFAULT_OPTIONS,
+    stop_id: int | None = None,
+    start_id: int | None = None,
+) -> Iterator[int]:
+    """Sample a continuation of a prompt and yield each id as soon as it is made.
+
+    The model is in evaluation mode from the first id on until the iterator ends or is closed.
+
+    Raises:
+        ValueError: As :func:`generate`, and at the call.
+    """
+    made = stream_batch(
+        model, [prompt_ids], max_new_tokens=max_new_tokens, options=options, stop_id=stop_id, start_id=start_id
+    )
+    return (token for _, token in made)
+
+
+def stream_batch(
+    model: CausalModel[StateT],
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    options: SamplingOptions = DEFAULT_OPTIONS,
+    stop_id: int | None = None,
+    start_id: int | None = None,
+    until: Callable[[int, int], bool] | None = None,
+) -> Iterator[tuple[int, int]]:
+    """Sample a continuation of each prompt and yield the number of the prompt and the new id as soon as it is made.
+
+    All sequences are read up to the same position. Those whose prompt ends there go on with the id that was drawn for
+    them, the others with their prompt. Those that have ended leave the batch.
 
     Args:
-        model: Used in evaluation mode; its mode is restored.
-        documents: Token ids, 1-D each; may be empty.
-        start_id: The id that ends a document, which stands before each.
-        batch_tokens: Tokens in a batch, at most (but for one window). Changes the result by rounding only.
-        progress: Called with the number of documents that were finished since the last call.
+        model: In evaluation mode from the first id on until the iterator ends or is closed.
+        prompts: What to continue; may differ in length.
+        max_new_tokens: New ids of each prompt at most.
+        options: How ids are drawn; prompt i draws with ``options.seed + i``.
+        stop_id: As in :func:`generate`.
+        start_id: As in :func:`generate`.
+        until: Called with what is about to be yielded, but not with ``stop_id``; True ends that continuation.
+
+    Raises:
+        ValueError: As :func:`generate`, and at the call.
     """
-    windows = [window for i, document in enumerate(documents) for window in _windows(i, len(document), model.config)]
-    windows.sort(key=lambda window: window.length)  # stable, so the order of batches is a function of the input
-    open_windows = np.zeros(len(documents), dtype=np.int64)
-    np.add.at(open_windows, [window.document for window in windows], 1)
-    nats = np.zeros(len(documents), dtype=np.float64)
-    _report(progress, int((open_windows == 0).sum()))
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in _batches(windows, batch_tokens):
-            for window, losses in zip(batch, _window_losses(model, documents, batch, start_id), strict=True):
-                nats[window.document] += losses[window.first_scored : window.length].sum(dtype=np.float64)
-            touched = np.array([window.document for window in batch])
-            np.subtract.at(open_windows, touched, 1)
-            _report(progress, int((open_windows[np.unique(touched)] == 0).sum()))
-    finally:
-        model.train(was_training)
-    return nats
+    require(max_new_tokens >= 0, f"max_new_tokens must be at least 0, got {max_new_tokens}")
+    vocab_size = model.config.vocab_size
+    sequences = [complete_prompt(prompt, vocab_size, stop_id=stop_id, start_id=start_id) for prompt in prompts]
+    sampler = Sampler(options, sequences, vocab_size, device_of(model))
+    return _continue(model, sequences, max_new_tokens, sampler, stop_id, until)
 
 
-def _windows(document: int, length: int, config: ModelConfig) -> Iterator[_Window]:
-    scored = 0
-    start = 0
-    while scored < length:
-        end = min(length, start + config.context_length)
-        yield _Window(document, start, end - start, scored - start)
-        scored = end
-        start += window_step(config)
+def complete_prompt(
+    prompt_ids: Sequence[int], vocab_size: int, *, stop_id: int | None, start_id: int | None
+) -> list[int]:
+    """Return the ids that a model reads before the first new one: those of the prompt, after the one it begins with.
+
+    Raises:
+        ValueError: There are none, or one is not in the vocabulary.
+    """
+    for name, token in (("stop_id", stop_id), ("start_id", start_id)):
+        require(token is None or 0 <= token < vocab_size, f"{name} must be in [0, {vocab_size}), got {token}")
+    ids = [index(token) for token in prompt_ids]
+    require(
+        not ids or (min(ids) >= 0 and max(ids) < vocab_size),
+        f"prompt_ids must be in [0, {vocab_size}), got {min(ids, default=0)} to {max(ids, default=0)}",
+    )
+    first = stop_id if start_id is None and not ids else start_id
+    if first is not None:
+        ids.insert(0, first)
+    require(bool(ids), "prompt_ids must hold at least one id where neither start_id nor stop_id is given")
+    return ids
 
 
-def _batches(windows: list[_Window], batch_tokens: int) -> Iterator[list[_Window]]:
-    """Group windows that ascend in length: windows times the longest stay within the tokens of a batch."""
-    batch: list[_Window] = []
-    for window in windows:
-        if batch and (len(batch) + 1) * window.length > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(window)
-    if batch:
-        yield batch
-
-
-@torch.no_grad()
-def _window_losses(
-    model: LanguageModel, documents: Sequence[np.ndarray], batch: list[_Window], start_id: int
-) -> np.ndarray:
-    """Return the losses [windows, longest]; a window's row is padded at its end, which nothing before it can see."""
-    ids = np.full((len(batch), batch[-1].length), start_id, dtype=np.int64)
-    targets = ids.copy()
-    for row, window in enumerate(batch):
-        document = documents[window.document]
-        piece = document[window.start : window.start + window.length]
-        targets[row, : window.length] = piece
-        ids[row, 1 : window.length] = piece[:-1]
-        if window.start:
-            ids[row, 0] = document[window.start - 1]
-    device = model.embedding.device
-    losses = model.token_losses(torch.from_numpy(ids).to(device), torch.from_numpy(targets).to(device))
-    return losses.cpu().numpy()
-
-
-def _report(progress: Callable[[int], None] | None, finished: int) -> None:
-    if progress is not None and finished:
-        progress(finished)
+def _continue(
+    model: CausalModel[StateT],
+    sequences: list[list[int]],
+    max_new_tokens: int,
+    sampler: Sampler,
+    stop_id: int | None,
+    until: Callable[[int, int], bool] | None,
+) -> Iterator[tuple[int, int]]:
+    ends = [len(ids) + max_new_tokens for ids in sequences]
+    going = list(range(len(sequences))) if max_new_tokens else []
+    reader = WindowReader(model)
+    with evaluation_mode(model):
+        while going:
+            logits_BV = reader.read([sequences[row] for row in going])
+            places = [i for i, row in enumerate(going) if len(sequences[row]) == reader.length]
+            rows = [going[i] for i in places]
+            tokens = sampler.sample(logits_BV if len(rows) == len(going) else logits_BV[places], rows)
+            ended = set()
+            for row, token in zip(rows, tokens, strict=True):
+                sequences[row].append(token)
+                if token == stop_id or (until is not None and until(row, token)) or len(sequences[row]) == ends[row]:
+                    ended.add(row)
+            if ended:
+                kept = [i for i, row in enumerate(going) if row not in ended]
+                going = [going[i] for i in kept]
+                reader.reorder(kept)
+            yield from zip(rows, tokens, strict=True)

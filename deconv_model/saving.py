@@ -15,13 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from tokenizers import Tokenizer
 
-from deconv_model.config import ModelConfig
+from deconv_model.config import LSTMConfig, ModelConfig
 from deconv_model.language_model import LanguageModel
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
-_FORMAT = 1
+_FORMAT = 2
+_KINDS: dict[str, type[ModelConfig] | type[LSTMConfig]] = {"hourglass": ModelConfig, "lstm": LSTMConfig}
 
 
 def save_model(folder: Path, model: LanguageModel, tokenizer_file: Path) -> None:
@@ -33,7 +34,8 @@ def save_model(folder: Path, model: LanguageModel, tokenizer_file: Path) -> None
         tokenizer_file: A ``tokenizer.json`` of the tokenizers library, copied byte by byte.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"format": _FORMAT, "model": model.config.to_dict()}
+    kind = next(name for name, config_type in _KINDS.items() if isinstance(model.config, config_type))
+    config = {"format": _FORMAT, "kind": kind, "model": model.config.to_dict()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     _replace(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
     _replace(folder / TOKENIZER_FILE, tokenizer_file.read_bytes())
@@ -74,18 +76,22 @@ def weights_sha256(folder: Path) -> str:
     return hashlib.sha256(_read(folder / WEIGHTS_FILE)).hexdigest()
 
 
-def _load_config(path: Path) -> ModelConfig:
+def _load_config(path: Path) -> ModelConfig | LSTMConfig:
     text = _read(path)
     try:
         data = json.loads(text)
         if data["format"] != _FORMAT:
-            raise ValueError(f"format {data['format']!r} is not {_FORMAT}")
-        return ModelConfig.from_dict(data["model"])
+            raise ValueError(
+                f"format {data['format']!r} is not {_FORMAT}: load it with the version of deconv_model that wrote it"
+            )
+        if data["kind"] not in _KINDS:
+            raise ValueError(f"kind {data['kind']!r} is none of {', '.join(_KINDS)}")
+        return _KINDS[data["kind"]].from_dict(data["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a model configuration: {error}") from error
 
 
-def _load_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
+def _load_tokenizer(path: Path, config: ModelConfig | LSTMConfig) -> Tokenizer:
     data = _read(path)
     try:
         tokenizer = Tokenizer.from_buffer(data)

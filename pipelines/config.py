@@ -66,8 +66,12 @@ class ModelSection(Section):
 
     context_length: int = Field(256, description="Tokens a sequence.")
     levels: tuple[LevelConfig, ...] = Field(description="From the input rate down to the coarsest.")
+    tied: bool = Field(True, description="Whether the softmax uses the embedding matrix.")
+    pointer_size: int = Field(0, description="Channels with which the softmax points into the context; 0 for none.")
     dropout: float = Field(0.0, description="Of block outputs.")
+    input_dropout: float = Field(0.0, description="Of the embedded input.")
     embedding_dropout: float = Field(0.0, description="Of whole rows of the embedding.")
+    stochastic_depth: float = Field(0.0, description="Of whole blocks, a sequence at a time.")
     logit_cap: float = Field(15.0, description="Soft bound of the logits; 0 for none.")
 
     @model_validator(mode="after")

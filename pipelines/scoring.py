@@ -104,7 +104,7 @@ def score(model: LanguageModel, documents: Sequence[np.ndarray], *, start_id: in
     Returns:
         Nats of each document, float64 ``[n]``.
     """
-    from deconv_model.generation import score_documents
+    from deconv_model.scoring import score_documents
 
     with progress(label, total=len(documents), unit="documents") as bar:
         return score_documents(model, documents, start_id=start_id, progress=bar.advance)

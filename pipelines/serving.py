@@ -16,8 +16,9 @@ import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from deconv_model.generation import generate, score_documents
+from deconv_model.generation import generate
 from deconv_model.saving import load_model
+from deconv_model.scoring import score_documents
 
 _LEAST = {"max_new_tokens": 0, "temperature": 0.0, "top_k": 0, "seed": 0}
 

@@ -216,8 +216,8 @@ def _verify(client: MlflowClient, version: ModelVersion, inputs: dict[str, StepO
         InfraError: They differ.
     """
     from deconv_model.data import TokenStream
-    from deconv_model.generation import score_documents
     from deconv_model.saving import load_model
+    from deconv_model.scoring import score_documents
     from pipelines import scoring
     from pipelines.verification import verify_in_fresh_process
 

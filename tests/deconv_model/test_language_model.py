@@ -6,18 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deconv_model.config import LevelConfig, ModelConfig, StackConfig
+from deconv_model.config import LevelConfig, LSTMConfig, ModelConfig, StackConfig
 from deconv_model.language_model import LanguageModel, count_parameters
-from tests.deconv_model.small_models import CONFIGS, CONTEXT, VOCABULARY, random_ids, randomised_model
+from tests.deconv_model.small_models import ALL_CONFIGS, CONFIGS, CONTEXT, VOCABULARY, random_ids, randomised_model
 
 torch.set_num_threads(1)
 
-all_shapes = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+all_shapes = pytest.mark.parametrize("config", ALL_CONFIGS.values(), ids=ALL_CONFIGS.keys())
 
 
 @all_shapes
 @pytest.mark.parametrize("length", [CONTEXT, CONTEXT - 1, 13])
-def test_an_output_sees_its_own_input_and_none_after_it(config: ModelConfig, length: int) -> None:
+def test_an_output_sees_its_own_input_and_none_after_it(config: ModelConfig | LSTMConfig, length: int) -> None:
     model = randomised_model(config)
     ids = random_ids(1, length)
     original = model(ids)
@@ -39,7 +39,7 @@ def test_the_coarse_level_carries_tokens_farther_than_the_fine_convolutions() ->
 
 
 @all_shapes
-def test_a_shorter_sequence_gives_the_beginning_of_the_outputs(config: ModelConfig) -> None:
+def test_a_shorter_sequence_gives_the_beginning_of_the_outputs(config: ModelConfig | LSTMConfig) -> None:
     model = randomised_model(config)
     ids = random_ids(2, CONTEXT)
     whole = model(ids)
@@ -50,7 +50,7 @@ def test_a_shorter_sequence_gives_the_beginning_of_the_outputs(config: ModelConf
 @all_shapes
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 def test_prefill_and_steps_give_the_logits_of_the_whole(
-    config: ModelConfig, dtype: torch.dtype, tolerance: float
+    config: ModelConfig | LSTMConfig, dtype: torch.dtype, tolerance: float
 ) -> None:
     model = randomised_model(config, dtype)
     ids = random_ids(2, CONTEXT)
@@ -67,7 +67,7 @@ def test_prefill_and_steps_give_the_logits_of_the_whole(
 
 @all_shapes
 @pytest.mark.parametrize("cap", [15.0, 0.0])
-def test_token_losses_are_the_cross_entropy_of_the_logits(config: ModelConfig, cap: float) -> None:
+def test_token_losses_are_the_cross_entropy_of_the_logits(config: ModelConfig | LSTMConfig, cap: float) -> None:
     model = randomised_model(replace(config, logit_cap=cap))
     ids, targets = random_ids(2, 31), random_ids(2, 31, seed=2)
     losses = model.token_losses(ids, targets)
@@ -119,7 +119,7 @@ def _train(config: ModelConfig, sequences: Tensor, batch_size: int) -> list[floa
     return history
 
 
-@pytest.mark.parametrize("name", ["two levels, coarse attention", "three levels, attention everywhere"])
+@pytest.mark.parametrize("name", ["two levels, coarse attention, pointer", "three levels, attention everywhere"])
 def test_random_tokens_teach_nothing_and_a_pattern_is_learnt(name: str) -> None:
     uniform = math.log(VOCABULARY)
     history = _train(CONFIGS[name], random_ids(50 * 16, CONTEXT + 1), batch_size=16)
@@ -161,7 +161,7 @@ def test_dropped_ids_are_the_same_in_all_sequences_and_none_in_evaluation() -> N
 def test_kept_ids_make_up_for_the_dropped_ones() -> None:
     model = randomised_model(replace(CONFIGS["one level, long taps"], embedding_dropout=0.75))
     embedded: list[Tensor] = []
-    model.hourglass.register_forward_pre_hook(lambda _, inputs: embedded.append(inputs[0].detach()))
+    model.trunk.register_forward_pre_hook(lambda _, inputs: embedded.append(inputs[0].detach()))
     ids = torch.arange(VOCABULARY)[None]
     model(ids)
     torch.manual_seed(0)
@@ -216,3 +216,15 @@ def test_a_sequence_of_impossible_length_is_refused(length: int) -> None:
         model.token_losses(ids, ids)
     with pytest.raises(ValueError, match="context_length"):
         model.prefill(ids)
+
+
+@pytest.mark.parametrize("bad", [-1, VOCABULARY])
+def test_an_id_outside_the_vocabulary_is_refused(bad: int) -> None:
+    model = randomised_model(CONFIGS["two levels, coarse attention"])
+    ids = random_ids(2, 5)
+    ids[1, 3] = bad
+    with pytest.raises(ValueError, match=r"ids must be in \[0, vocab_size = 30\), got"):
+        model(ids)
+    _, state = model.prefill(ids[:1])
+    with pytest.raises(ValueError, match="vocab_size"):
+        model.step(ids[1:, 3], state)

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models
 
 from deconv_model.language_model import LanguageModel
 from deconv_model.saving import load_model, save_model, weights_sha256
-from tests.deconv_model.small_models import CONFIGS, CONTEXT, VOCABULARY, random_ids, randomised_model
+from tests.deconv_model.small_models import ALL_CONFIGS, CONFIGS, CONTEXT, VOCABULARY, random_ids, randomised_model
 
 torch.set_num_threads(1)
 
@@ -26,7 +26,7 @@ def saved(tmp_path: Path) -> tuple[Path, LanguageModel]:
     return tmp_path / "runs" / "model", model
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize("config", ALL_CONFIGS.values(), ids=ALL_CONFIGS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_loaded_model_computes_the_same_bits(tmp_path: Path, config, dtype: torch.dtype) -> None:
     model = randomised_model(config, dtype).train()
@@ -93,8 +93,11 @@ def test_files_that_do_not_fit_each_other_are_refused(tmp_path: Path, saved) -> 
 def test_a_configuration_from_another_time_is_refused(saved) -> None:
     path = saved[0] / "config.json"
     data = json.loads(path.read_text())
-    path.write_text(json.dumps({**data, "format": 2}))
-    with pytest.raises(ValueError, match=r"config\.json: .*format 2 is not 1"):
+    path.write_text(json.dumps({**data, "format": 3}))
+    with pytest.raises(ValueError, match=r"config\.json: .*format 3 is not 2: load it with the version"):
+        load_model(saved[0])
+    path.write_text(json.dumps({**data, "kind": "parrot"}))
+    with pytest.raises(ValueError, match=r"config\.json: .*kind 'parrot' is none of hourglass, lstm"):
         load_model(saved[0])
     path.write_text(json.dumps({**data, "model": {**data["model"], "vocab_size": 1}}))
     with pytest.raises(ValueError, match=r"config\.json: .*vocab_size must be at least 2, got 1"):

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deconv_model.generation import score_documents
 from deconv_model.saving import load_model
+from deconv_model.scoring import score_documents
 from pipelines import gate, registry, scoring, verification
 from pipelines.errors import ConfigError, InfraError
 from pipelines.registry import CHALLENGER, CHAMPION, PREVIOUS

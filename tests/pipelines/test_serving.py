@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from deconv_model.generation import generate, score_documents
+from deconv_model.generation import generate
 from deconv_model.saving import load_model
+from deconv_model.scoring import score_documents
 from pipelines import scoring, verification
 from pipelines.steps import register
 from pipelines.store import StepOutput
