@@ -23,7 +23,7 @@ def causal_attention(q_BNTD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
     """
     length = q_BNTD.shape[2]
     start = k_BNSD.shape[2] - length
-    if q_BNTD.device.type != "cpu" and start == 0:
+    if q_BNTD.device.type != "cpu" and length > 1 and start == 0:
         return F.scaled_dot_product_attention(q_BNTD, k_BNSD, v_BNSD, is_causal=True)
     q_BNTD = q_BNTD * q_BNTD.shape[3] ** -0.5
     k_BNDS = k_BNSD.transpose(2, 3)
@@ -97,7 +97,10 @@ class CausalAttention(ResidualBlock):
     def _remember(self, name: str, x_BNTD: Tensor, start: int, state: DecodingState) -> Tensor:
         """Write the new keys or values behind those of earlier calls; return them all, [B, N, S, D]."""
         end = start + x_BNTD.shape[2]
-        if start == 0:  # room for the whole context at once: a step then writes its own entry only
+        if (
+            self,
+            name,
+        ) not in state.tensors:  # room for the whole context at once: a step then writes its own entry only
             batch, heads, _, size = x_BNTD.shape
             state.tensors[self, name] = x_BNTD.new_empty(batch, heads, self.rope_cos.shape[0], size)
         cache = state.tensors[self, name]

@@ -124,7 +124,8 @@ class Autoencoder(nn.Module):
         is_token_BT = targets_BT != config.blank_id
         x_RC, targets_R = x_BTC[is_token_BT], targets_BT[is_token_BT]
         if config.loss == "embedding":
-            losses_R = 1.0 - (x_RC * F.embedding(targets_R, self._unit_rows())).sum(dim=-1)
+            # Rows that were drawn to the outputs would all become the same one, which costs nothing.
+            losses_R = 1.0 - (x_RC * F.embedding(targets_R, self._unit_rows().detach())).sum(dim=-1)
         else:
             losses_R = capped_cross_entropy(x_RC / config.temperature, self._unit_rows(), targets_R, 0.0)
         return torch.zeros_like(targets_BT, dtype=losses_R.dtype).masked_scatter(is_token_BT, losses_R)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from deconv_model.config import Activation
 from deconv_model.convolution import causal_convolution, gated_convolution
+from deconv_model.rms_norm import rms_norm
 
 
 class DecodingState:
@@ -60,15 +61,15 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm over channels (Zhang and Sennrich 2019), computed in float32; none over time."""
+    """Root mean square norm over channels; none over time."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        """Return the normalised input, float32 (float64 for a float64 model), same shape."""
-        return F.rms_norm(at_least_float32(x_BTC), self.weight.shape, self.weight, eps=1e-6)
+        """Return the normalised input, same shape; see :func:`~deconv_model.rms_norm.rms_norm`."""
+        return rms_norm(x_BTC, self.weight)
 
 
 class ResidualBlock(nn.Module):

@@ -129,9 +129,14 @@ def _earlier(taps_KH: Tensor, dilation: int, length: int) -> list[tuple[Tensor, 
 
 
 def _blocks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Split tensors of [B, T, ...] alike along B; not on a GPU, where a large operation is the fast one."""
-    batch, length, channels = tensors[0].shape
-    rows = max(1, _BLOCK_NUMBERS * 2 // (length * channels)) if tensors[0].device.type == "cpu" else batch
+    """Split tensors of [B, T, ...] alike along B.
+
+    Not on a GPU, where a large operation is the fast one, nor for an exported program, which has to work for any B.
+    """
+    if tensors[0].device.type != "cpu" or torch.compiler.is_exporting():
+        return [(tensor,) for tensor in tensors]
+    _, length, channels = tensors[0].shape
+    rows = max(1, _BLOCK_NUMBERS * 2 // (length * channels))
     return [tensor.split(rows) for tensor in tensors]
 
 

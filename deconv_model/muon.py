@@ -138,13 +138,12 @@ def orthogonalise(x_NRC: Tensor) -> Tensor:
     ``f`` takes what is above 0.003 of the bound of the singular values to between 0.7 and 1.3, and what is below
     linearly towards 0.
     """
-    x = _divided(x_NRC.bfloat16(), _norms(x_NRC))
+    x = x_NRC.bfloat16()
     is_long = max(x.shape[1:]) > _LONG * min(x.shape[1:])
     for number, (first, second) in enumerate(_POLYNOMIALS):
         gram_NSS = _gram(x)
         if number == 0:
-            bound = _norms(gram_NSS).sqrt()
-            x, gram_NSS = _divided(x, bound), _divided(gram_NSS, bound.square())
+            x, gram_NSS = _bounded(x, gram_NSS)
         factor_NSS = _polynomial(gram_NSS, first)
         if is_long:
             factor_NSS = _polynomial(factor_NSS @ gram_NSS @ factor_NSS, second) @ factor_NSS
@@ -171,12 +170,14 @@ def _applied(factor_NSS: Tensor, x: Tensor) -> Tensor:
     return x @ factor_NSS if x.shape[1] > x.shape[2] else factor_NSS @ x
 
 
-def _norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32).clamp(min=_TINY)
-
-
-def _divided(x: Tensor, by: Tensor) -> Tensor:
-    return x * by.reciprocal().to(x.dtype)
+def _bounded(x: Tensor, gram_NSS: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the matrices, divided by a bound of their singular values, and their Gram matrices."""
+    # First by the Frobenius norm of x, whose square is this trace, so that no square can leave the range of a float.
+    trace = gram_NSS.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float32).clamp_(min=_TINY)[:, None, None]
+    gram_NSS = gram_NSS * trace.reciprocal().to(x.dtype)
+    norm = torch.linalg.vector_norm(gram_NSS, dim=(1, 2), keepdim=True, dtype=torch.float32).clamp_(min=_TINY)
+    gram_NSS = gram_NSS * norm.reciprocal().to(x.dtype)
+    return x * (trace.rsqrt() * norm.rsqrt()).to(x.dtype), gram_NSS
 
 
 def _share_out(shapes: list[torch.Size], workers: int) -> list[int]:

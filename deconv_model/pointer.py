@@ -79,7 +79,7 @@ class Pointer(nn.Module):
 
     def _remember(self, k_BTD: Tensor, ids_BT: Tensor, start: int, state: DecodingState) -> tuple[Tensor, Tensor]:
         batch, length, size = k_BTD.shape
-        if start == 0:
+        if (self, "keys") not in state.tensors:
             state.tensors[self, "keys"] = k_BTD.new_empty(batch, self.context_length, size)
             state.tensors[self, "ids"] = ids_BT.new_empty(batch, self.context_length)
         keys, ids = state.tensors[self, "keys"], state.tensors[self, "ids"]
@@ -102,6 +102,8 @@ def _mix(q_BTD: Tensor, k_BSD: Tensor, sentinel_BT: Tensor, ids_BS: Tensor, logi
 def _scores(q_BTD: Tensor, k_BSD: Tensor, start: int, dtype: torch.dtype) -> Tensor:
     """Return the scores [B, T, S] of queries from position ``start`` on; minus infinity where none follows yet."""
     scores = (q_BTD @ k_BSD.transpose(1, 2)).to(dtype)
+    if scores.shape[1] == 1:  # the last position: it sees all
+        return scores
     hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).triu_(start)
     return scores.masked_fill_(hidden, float("-inf"))
 
@@ -151,9 +153,12 @@ class _LogShares(torch.autograd.Function):
 
 
 def _blocks(q_BTD: Tensor) -> list[tuple[slice, int, int]]:
-    """Return (sequences, first position, end) of the blocks that a CPU keeps in its cache; one block on a GPU."""
+    """Return (sequences, first position, end) of the blocks that a CPU keeps in its cache.
+
+    One block on a GPU, and for an exported program, which has to work for any batch.
+    """
     batch, length, _ = q_BTD.shape
-    if q_BTD.device.type != "cpu":
+    if q_BTD.device.type != "cpu" or torch.compiler.is_exporting():
         return [(slice(0, batch), 0, length)]
     starts = range(0, length, _QUERY_BLOCK)
     return [(slice(b, b + 1), begin, min(length, begin + _QUERY_BLOCK)) for b in range(batch) for begin in starts]

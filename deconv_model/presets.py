@@ -48,9 +48,7 @@ def _level(width: int, encoder: tuple[int, int], decoder: tuple[int, int], kerne
 
 def _coarse(width: int, stride: int, layers: int, hidden: int) -> LevelConfig:
     """Return the lowest level, with attention heads of 64 channels."""
-    return LevelConfig(
-        width=width, stride=stride, encoder=StackConfig(layers=layers, hidden=hidden, heads=width // 64)
-    )
+    return LevelConfig(width=width, stride=stride, encoder=StackConfig(layers=layers, hidden=hidden, heads=width // 64))
 
 
 _Shape = tuple[int, int, tuple[LevelConfig, ...]]

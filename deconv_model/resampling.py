@@ -36,7 +36,7 @@ class StridedConvolution(nn.Module):
             x_BTC = F.pad(x_BTC, (0, 0, past, 0))
         else:
             seen = state.positions.get(self, 0)
-            state.positions[self] = seen + length
+            state.positions[self] = (seen + length) % self.stride
             x_BTC = state.extend(self, "inputs", x_BTC, past)
         first = -seen % self.stride
         count = max(0, -(-(length - first) // self.stride))
@@ -71,14 +71,14 @@ class TransposedConvolution(nn.Module):
         if state is None:
             return sums[:, :length]
         seen = state.positions.get(self, 0)
-        if seen:
-            pending = state.tensors[self, "open"]
+        pending = state.tensors.get((self, "open"))
+        if pending is not None:
             first = -seen % self.stride if x_BMC.shape[1] else 0
             short = max(0, pending.shape[1] - first - sums.shape[1])
             sums = F.pad(sums, (0, 0, first, short))
             sums[:, : pending.shape[1]] += pending
         state.tensors[self, "open"] = sums[:, length:]
-        state.positions[self] = seen + length
+        state.positions[self] = (seen + length) % self.stride
         return sums[:, :length]
 
     def _overlap_add(self, taps: Tensor) -> Tensor:

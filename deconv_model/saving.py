@@ -8,13 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from tokenizers import Tokenizer
+from torch import nn
 
+from deconv_model.autoencoder import Autoencoder
+from deconv_model.autoencoder_config import AutoencoderConfig
 from deconv_model.config import LSTMConfig, ModelConfig
 from deconv_model.language_model import LanguageModel
 
@@ -22,10 +27,17 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 _FORMAT = 2
-_KINDS: dict[str, type[ModelConfig] | type[LSTMConfig]] = {"hourglass": ModelConfig, "lstm": LSTMConfig}
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+Config = ModelConfig | LSTMConfig | AutoencoderConfig
+_KINDS: dict[str, type[ModelConfig] | type[LSTMConfig] | type[AutoencoderConfig]] = {
+    "hourglass": ModelConfig,
+    "lstm": LSTMConfig,
+    "autoencoder": AutoencoderConfig,
+}
 
 
-def save_model(folder: Path, model: LanguageModel, tokenizer_file: Path) -> None:
+def save_model(folder: Path, model: LanguageModel | Autoencoder, tokenizer_file: Path) -> None:
     """Write the model's folder; the same weights give the same bytes.
 
     Args:
@@ -43,23 +55,40 @@ def save_model(folder: Path, model: LanguageModel, tokenizer_file: Path) -> None
 
 
 def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[LanguageModel, Tokenizer]:
-    """Read a folder of :func:`save_model`.
+    """Read the folder of a language model.
 
     Returns:
         The model in evaluation mode on the device, with bit-identical weights, and its tokenizer.
 
     Raises:
-        ValueError: A file is missing, damaged, or does not fit the others; the message names it.
+        ValueError: A file is missing, damaged, or does not fit the others, or holds another kind of model; the message
+            names it.
     """
     config = _load_config(folder / CONFIG_FILE)
-    tokenizer = _load_tokenizer(folder / TOKENIZER_FILE, config)
+    if isinstance(config, AutoencoderConfig):
+        raise ValueError(f"{folder / CONFIG_FILE}: is that of an autoencoder: use load_autoencoder")
+    return _load(folder, lambda: LanguageModel(config), config.vocab_size, device)
+
+
+def load_autoencoder(folder: Path, device: str | torch.device = "cpu") -> tuple[Autoencoder, Tokenizer]:
+    """Read the folder of an autoencoder; see :func:`load_model`."""
+    config = _load_config(folder / CONFIG_FILE)
+    if not isinstance(config, AutoencoderConfig):
+        raise ValueError(f"{folder / CONFIG_FILE}: is that of a language model: use load_model")
+    return _load(folder, lambda: Autoencoder(config), config.vocab_size, device)
+
+
+def _load(
+    folder: Path, new_model: Callable[[], ModelT], vocab_size: int, device: str | torch.device
+) -> tuple[ModelT, Tokenizer]:
+    tokenizer = _load_tokenizer(folder / TOKENIZER_FILE, vocab_size)
     weights_file = folder / WEIGHTS_FILE
     try:
         tensors = load(_read(weights_file))
     except SafetensorError as error:
         raise ValueError(f"{weights_file}: not a whole safetensors file: {error}") from error
     with torch.random.fork_rng(devices=[]):  # the initial weights are replaced: their making must leave no trace
-        model = LanguageModel(config)
+        model = new_model()
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
@@ -76,7 +105,7 @@ def weights_sha256(folder: Path) -> str:
     return hashlib.sha256(_read(folder / WEIGHTS_FILE)).hexdigest()
 
 
-def _load_config(path: Path) -> ModelConfig | LSTMConfig:
+def _load_config(path: Path) -> Config:
     text = _read(path)
     try:
         data = json.loads(text)
@@ -91,14 +120,14 @@ def _load_config(path: Path) -> ModelConfig | LSTMConfig:
         raise ValueError(f"{path}: not a model configuration: {error}") from error
 
 
-def _load_tokenizer(path: Path, config: ModelConfig | LSTMConfig) -> Tokenizer:
+def _load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     data = _read(path)
     try:
         tokenizer = Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises plain Exception for whatever is wrong
         raise ValueError(f"{path}: not a tokenizer: {error}") from error
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise ValueError(f"{path}: has {tokenizer.get_vocab_size()} ids, the model {config.vocab_size}")
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise ValueError(f"{path}: has {tokenizer.get_vocab_size()} ids, the model {vocab_size}")
     return tokenizer
 
 

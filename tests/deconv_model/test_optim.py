@@ -73,13 +73,26 @@ def test_the_rate_rises_stays_and_falls():
     assert falls == pytest.approx([0.9 / 60] * 60)
 
 
+def test_the_cosine_falls_slowly_at_first_and_at_the_end():
+    config = TrainingConfig(steps=101, schedule="cosine", warmup=0.0, constant_until=40 / 101, final_lr=0.1)
+    factors = [learning_rate_factor(step, config) for step in range(101)]
+    assert factors[:41] == pytest.approx([1.0] * 41)
+    assert factors[55] == pytest.approx(1.0 - 0.9 * (1.0 - 0.5**0.5) / 2.0)
+    assert factors[70] == pytest.approx(0.55)
+    assert factors[85] == pytest.approx(1.0 - 0.9 * (1.0 + 0.5**0.5) / 2.0)
+    assert factors[100] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("schedule", ["trapezoid", "cosine"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 1000])
 @pytest.mark.parametrize(
     "parts", [(0.0, 0.0, 0.0), (0.05, 0.4, 0.02), (0.0, 1.0, 0.5), (1.0, 1.0, 0.0), (0.5, 0.5, 1.0)]
 )
-def test_the_rate_is_a_part_of_the_peak_whatever_the_numbers(steps, parts):
+def test_the_rate_is_a_part_of_the_peak_whatever_the_numbers(steps, parts, schedule):
     warmup, constant_until, final_lr = parts
-    config = TrainingConfig(steps=steps, warmup=warmup, constant_until=constant_until, final_lr=final_lr)
+    config = TrainingConfig(
+        steps=steps, schedule=schedule, warmup=warmup, constant_until=constant_until, final_lr=final_lr
+    )
     factors = [learning_rate_factor(step, config) for step in range(steps)]
     assert all(0.0 <= factor <= 1.0 for factor in factors)
     assert max(factors) > 0.0

@@ -7,7 +7,9 @@ from deconv_model.presets import Size, Units, preset
 
 
 @pytest.mark.parametrize("units", get_args(Units))
-@pytest.mark.parametrize(("size", "least", "most"), [("tiny", 3e6, 3.5e6), ("small", 9e6, 11.5e6), ("base", 1e8, 1.3e8)])
+@pytest.mark.parametrize(
+    ("size", "least", "most"), [("tiny", 3e6, 3.5e6), ("small", 9e6, 11.5e6), ("base", 1e8, 1.3e8)]
+)
 def test_a_preset_has_the_size_that_its_name_promises(size: Size, units: Units, least: float, most: float) -> None:
     summary = summarise(preset(size, units))
     assert least < summary.parameters - summary.embedding_parameters < most

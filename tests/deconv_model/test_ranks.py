@@ -121,14 +121,21 @@ def test_dropout_differs_between_ranks_steps_and_micro_batches(tmp_path, shards)
 
 
 def fail_together(rank, world_size, folder, config):
+    config = replace(config, max_skipped=0)
     good = tiny_trainer(folder / "shards", config, rank=rank, world_size=world_size)
     train(good, should_stop=stop_after(good, 1))
     # Rank 0 computes 2 micro-batches a step, rank 1 one: only rank 1 meets the bad one, in its second step.
-    model = Broken(2, "loss") if rank == 1 else TinyModel(dropout=0.2)
+    model = Broken([2], "loss") if rank == 1 else TinyModel(dropout=0.2)
     broken = tiny_trainer(folder / "shards", config, model, rank, world_size)
     with pytest.raises(FloatingPointError, match="step 2"):
         train(broken)
     assert_same_training(broken, good)
+
+    model = Broken([2], "loss") if rank == 1 else TinyModel(dropout=0.2)
+    skipping = tiny_trainer(folder / "shards", replace(config, max_skipped=1), model, rank, world_size)
+    train(skipping, should_stop=stop_after(skipping, 2))
+    assert skipping.skipped_steps == 1
+    assert_same(dict(skipping.model.state_dict()), dict(good.model.state_dict()))
 
     behind = tiny_trainer(folder / "shards", config, rank=rank, world_size=world_size)
     if rank == 1:

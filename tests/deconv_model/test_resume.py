@@ -8,6 +8,7 @@ from deconv_model.checkpoints import read_latest_checkpoint, write_checkpoint
 from tests.deconv_model.tiny import (
     CONFIG,
     EARLY,
+    Broken,
     TinyModel,
     assert_same,
     assert_same_training,
@@ -46,6 +47,23 @@ def test_a_run_stopped_at_any_step_ends_bit_for_bit_the_same(tmp_path, shards, p
     assert [entry["step"] for entry in whole.history if "valid_loss" in entry] == [3, 6, 9, 11]
     for step in range(1, 11):
         assert_same_training(resumed(shards, config, tmp_path / str(step), step), whole)
+
+
+def test_a_run_with_skipped_steps_and_an_average_resumes_bit_for_bit(tmp_path, shards):
+    """Stopped after the first of two skipped steps in a row: the second is the last that may be skipped."""
+    config = replace(CONFIG, average_decay=0.75, max_skipped=2, eval_every=100)
+    whole = train(tiny_trainer(shards, config, Broken([8, 11], "loss")))  # steps 3 and 4
+    first = tiny_trainer(shards, config, Broken([8], "loss"))
+    train(first, should_stop=stop_after(first, 3))
+    write_checkpoint(tmp_path, first.state_dict(), 3)
+    second = tiny_trainer(shards, config, Broken([2], "loss"))
+    second.load_state_dict(read_latest_checkpoint(tmp_path))
+    assert_same_training(train(second), whole)
+    assert whole.skipped_steps == 2
+    third = tiny_trainer(shards, config, Broken([2, 5], "loss"))
+    third.load_state_dict(read_latest_checkpoint(tmp_path))
+    with pytest.raises(FloatingPointError, match=r"step 5: .* and 2 before it were skipped"):
+        train(third)
 
 
 def test_a_run_stopped_around_early_stopping_ends_bit_for_bit_the_same(tmp_path, shards):
@@ -136,6 +154,8 @@ def test_a_state_of_something_else_is_refused(shards):
 
     with pytest.raises(RuntimeError, match="more"):
         tiny_trainer(shards, CONFIG, Wider()).load_state_dict(state)
+    with pytest.raises(ValueError, match="no average of this model's weights: was average_decay 0 before"):
+        tiny_trainer(shards, replace(CONFIG, average_decay=0.9)).load_state_dict(state)
     optimizers = {**state["optimizers"], "muon": {"gain": {}}}
     with pytest.raises(ValueError, match="'gain', which it does not train"):
         tiny_trainer(shards, CONFIG).load_state_dict({**state, "optimizers": optimizers})

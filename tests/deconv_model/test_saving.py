@@ -6,8 +6,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 
+from deconv_model.autoencoder import Autoencoder
+from deconv_model.autoencoder_config import AutoencoderConfig
 from deconv_model.language_model import LanguageModel
-from deconv_model.saving import load_model, save_model, weights_sha256
+from deconv_model.saving import load_autoencoder, load_model, save_model, weights_sha256
 from tests.deconv_model.small_models import ALL_CONFIGS, CONFIGS, CONTEXT, VOCABULARY, random_ids, randomised_model
 
 torch.set_num_threads(1)
@@ -97,7 +99,7 @@ def test_a_configuration_from_another_time_is_refused(saved) -> None:
     with pytest.raises(ValueError, match=r"config\.json: .*format 3 is not 2: load it with the version"):
         load_model(saved[0])
     path.write_text(json.dumps({**data, "kind": "parrot"}))
-    with pytest.raises(ValueError, match=r"config\.json: .*kind 'parrot' is none of hourglass, lstm"):
+    with pytest.raises(ValueError, match=r"config\.json: .*kind 'parrot' is none of hourglass, lstm, autoencoder"):
         load_model(saved[0])
     path.write_text(json.dumps({**data, "model": {**data["model"], "vocab_size": 1}}))
     with pytest.raises(ValueError, match=r"config\.json: .*vocab_size must be at least 2, got 1"):
@@ -107,3 +109,20 @@ def test_a_configuration_from_another_time_is_refused(saved) -> None:
 def test_weights_that_are_not_there_have_no_digest(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         weights_sha256(tmp_path)
+
+
+def test_an_autoencoder_comes_back_and_is_not_taken_for_a_language_model(tmp_path: Path, saved) -> None:
+    config = AutoencoderConfig(
+        vocab_size=VOCABULARY, context_length=8, latent="spatial", latent_size=3, widths=(8, 8), strides=(2,)
+    )
+    torch.manual_seed(0)
+    model = Autoencoder(config).eval()
+    save_model(tmp_path / "autoencoder", model, _tokenizer_file(tmp_path))
+    loaded, _ = load_autoencoder(tmp_path / "autoencoder")
+    assert loaded.config == config
+    ids = random_ids(2, 8)
+    assert torch.equal(loaded.token_losses(ids, ids), model.token_losses(ids, ids))
+    with pytest.raises(ValueError, match=r"config\.json: is that of an autoencoder: use load_autoencoder"):
+        load_model(tmp_path / "autoencoder")
+    with pytest.raises(ValueError, match=r"config\.json: is that of a language model: use load_model"):
+        load_autoencoder(saved[0])

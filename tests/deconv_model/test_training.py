@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from tests.deconv_model.tiny import (
     EARLY,
     Broken,
     TinyModel,
+    TinyStack,
     assert_same,
     assert_same_training,
     stop_after,
@@ -134,19 +136,111 @@ def test_without_patience_training_never_stops_early(shards):
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_loss_or_gradient_that_is_not_finite_leaves_the_last_good_state(shards, what):
-    good = tiny_trainer(shards, CONFIG)
+    good = tiny_trainer(shards, replace(CONFIG, max_skipped=0))
     train(good, should_stop=stop_after(good, 2))
-    broken = tiny_trainer(shards, CONFIG, Broken(8, what))  # the second of three micro-batches of step 3
-    with pytest.raises(FloatingPointError, match=r"^step 3: loss .* gradient norm .* must be finite") as caught:
+    broken = tiny_trainer(shards, good.config, Broken([8], what))  # the second of three micro-batches of step 3
+    with pytest.raises(FloatingPointError, match=r"^step 3: loss .* gradient norm .* must be finite; lower") as caught:
         train(broken)
     assert "\n" not in str(caught.value)
     assert_same_training(broken, good)
 
 
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_steps_that_are_not_finite_are_skipped_and_counted(shards, what):
+    """Steps 3, 4 and 6: weights, moments and average stay as they are, and the samples are not seen again."""
+    trainer = tiny_trainer(shards, replace(CONFIG, max_skipped=2, average_decay=0.5), Broken([8, 13, 19], what))
+    states = {}
+
+    def remember(report):
+        state = trainer.state_dict()
+        states[report["step"]] = copy.deepcopy([state[name] for name in ("model", "optimizers", "average")])
+
+    reports = []
+    train(trainer, on_progress=lambda report: (remember(report), reports.append(report)))
+    assert trainer.step == 11
+    assert trainer.skipped_steps == 3
+    assert [entry["skipped_steps"] for entry in trainer.history] == [0, 0, 1, 2, 2, 3, 3, 3, 3, 3, 3]
+    assert [entry["step"] for entry in trainer.history if "train_loss" not in entry] == [3, 4, 6]
+    assert [report["step"] for report in reports if "loss" not in report] == [3, 4, 6]
+    assert [entry["samples_seen"] for entry in trainer.history] == list(range(5, 60, 5))
+    for before, after, same in ((2, 3, True), (3, 4, True), (4, 5, False), (5, 6, True), (6, 7, False)):
+        if same:
+            assert_same(states[after], states[before])
+        else:
+            assert not torch.equal(states[after][0]["up"], states[before][0]["up"])
+
+
+def test_too_many_skipped_steps_in_a_row_are_an_error(shards):
+    trainer = tiny_trainer(shards, replace(CONFIG, max_skipped=2), Broken([5, 8, 13], "loss"))  # steps 2, 3, 4
+    with pytest.raises(FloatingPointError, match=r"^step 4: loss nan .* must be finite, and 2 before it were skipped;"):
+        train(trainer)
+    assert (trainer.step, trainer.skipped_steps) == (3, 2)
+
+
 def test_a_valid_loss_that_is_not_finite_is_an_error(shards):
-    broken = tiny_trainer(shards, CONFIG, Broken(10, "loss"))  # after three steps of three micro-batches
+    broken = tiny_trainer(shards, CONFIG, Broken([10], "loss"))  # after three steps of three micro-batches
     with pytest.raises(FloatingPointError, match="step 3: valid loss nan"):
         train(broken)
+
+
+def test_the_average_is_the_mean_at_first_and_exponential_later(shards):
+    trainer = tiny_trainer(shards, replace(CONFIG, average_decay=0.75))
+    weights, averages = [], []
+
+    def remember(_):
+        weights.append(trainer.model.up.detach().clone())
+        averages.append(trainer.state_dict()["average"]["up"].clone())
+
+    train(trainer, on_progress=remember)
+    for step in range(4):
+        torch.testing.assert_close(averages[step], torch.stack(weights[: step + 1]).mean(0))
+    for step in range(4, 11):
+        torch.testing.assert_close(averages[step], 0.75 * averages[step - 1] + 0.25 * weights[step])
+
+
+def test_the_average_is_what_is_evaluated_and_kept_and_changes_nothing_else(shards):
+    plain = train(tiny_trainer(shards, CONFIG))
+    averaged = tiny_trainer(shards, replace(CONFIG, average_decay=0.75))
+    at_step = {}
+    train(
+        averaged,
+        on_progress=lambda report: at_step.update({report["step"]: averaged.state_dict()["average"]["up"] + 0}),
+    )
+    assert_same(dict(averaged.model.state_dict()), dict(plain.model.state_dict()))
+    assert torch.equal(averaged.best_weights()["up"], at_step[averaged.best_step])
+    same = tiny_trainer(shards, CONFIG)
+    same.model.load_state_dict(averaged.best_weights())
+    assert averaged.best_loss == same._evaluate()
+    assert averaged.best_loss != plain.best_loss
+
+
+def test_labels_are_smoothed_in_training_alone(shards):
+    plain, smoothed = (
+        tiny_trainer(shards, replace(CONFIG, steps=1, gradient_clip=0.0, label_smoothing=part), TinyStack(dropout=0.0))
+        for part in (0.0, 0.1)
+    )
+    ids = torch.from_numpy(plain.train.batch(0, 5))
+    for trainer, part in ((plain, 0.0), (smoothed, 0.1)):
+        expected = TinyStack(dropout=0.0)
+        expected.token_losses(ids[:, :-1], ids[:, 1:], part).mean().backward()
+        train(trainer)
+        gradient = trainer.model.output_embedding.grad
+        torch.testing.assert_close(gradient, expected.output_embedding.grad, rtol=1e-4, atol=1e-6)
+    assert smoothed.history[0]["train_loss"] != plain.history[0]["train_loss"]
+    again = tiny_trainer(shards, plain.config, TinyStack())
+    again.model.load_state_dict(smoothed.best_weights())
+    assert again._evaluate() == smoothed.best_loss
+
+
+def test_recomputed_blocks_train_to_the_same_weights(shards):
+    """Dropout and autocast of the second computation are those of the first."""
+    config = replace(CONFIG, precision="bfloat16")
+    plain, recomputed = (
+        train(tiny_trainer(shards, replace(config, activation_checkpointing=flag), TinyStack()))
+        for flag in (False, True)
+    )
+    assert_same_training(recomputed, plain)
+    assert recomputed.model.blocks[0].calls == plain.model.blocks[0].calls + 11 * 3  # micro-batches
 
 
 def test_automatic_precision_follows_the_processor(monkeypatch):

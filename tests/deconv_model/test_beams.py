@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deconv_model.beam_search import Hypothesis, beam_search, length_penalty
+from deconv_model.beams import Hypothesis, beam_search, length_penalty
 from deconv_model.config import ModelConfig
 from deconv_model.generation import generate
 from deconv_model.language_model import LanguageModel
