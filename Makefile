@@ -31,8 +31,9 @@ lint: $(TEST_STAMP) ## Check format, style and types; change nothing
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 
-bench: $(TEST_STAMP) ## Measure: every program tests/benchmarks/bench_*.py $(ARGS)
-	@for program in tests/benchmarks/bench_*.py; do echo "$$program"; $(BIN)/python "$$program" $(ARGS) || exit 1; done
+bench: $(TEST_STAMP) ## Measure speeds, some minutes: tests/benchmarks/{tokens,training_speed,generation}.py $(ARGS)
+	@for name in tokens training_speed generation; do \
+	  echo "$$name"; $(BIN)/python -m "tests.benchmarks.$$name" $(ARGS) || exit 1; done
 
 clean: ## Remove .venv, caches and build folders; trained models in .deconv stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -9,9 +9,10 @@ needs is importable from here::
 
 Names are loaded when they are first used: a configuration can be made, and refused, without loading torch.
 
-Shapes are written as suffixes of names, here and in all modules: B sequences, T positions or tokens, S positions of
-keys, M positions of the next coarser level, C channels, H hidden channels, N heads, D channels of a head, K taps, V
-token ids, R rows of any kind. ``x_BTC`` is a tensor of shape [B, T, C]. Losses are in nats a token unless a name says bits.
+Shapes are written as suffixes of names, here and in all modules: ``x_BTC`` is a tensor of shape [B, T, C]. B sequences,
+T positions or tokens, S positions of keys, M positions of the next coarser level, C channels, H hidden channels, N
+heads, D channels of a head, K taps, V token ids, R rows of any kind. Losses are in nats a token unless a name says
+bits.
 """
 
 from __future__ import annotations

@@ -63,8 +63,8 @@ class CausalAttention(ResidualBlock):
         self.project_out = nn.Parameter(torch.zeros(channels, channels))
         half = channels // heads // 2
         frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-        angles = torch.outer(torch.arange(max_positions, dtype=torch.float64), frequencies)[:, None]
-        self.register_buffer("rope_cos", angles.cos().float(), persistent=False)  # [max_positions, 1, D / 2]
+        angles = torch.outer(torch.arange(max_positions, dtype=torch.float64), frequencies)[:, None, None]
+        self.register_buffer("rope_cos", angles.cos().float(), persistent=False)  # [max_positions, 1, 1, D / 2]
         self.register_buffer("rope_sin", angles.sin().float(), persistent=False)
 
     def forward(self, x_BTC: Tensor, state: DecodingState | None = None) -> Tensor:
@@ -77,8 +77,7 @@ class CausalAttention(ResidualBlock):
             qkv = qkv if state is None else state.extend(self, "inputs", qkv, past)
             qkv = causal_convolution(qkv, self.taps)[:, past:]
         qkv = qkv.view(batch, length, 3, self.heads, channels // self.heads)
-        q_BNTD = self._rotate(qkv[:, :, 0], start).transpose(1, 2)
-        k_BNTD = self._rotate(qkv[:, :, 1], start).transpose(1, 2)
+        q_BNTD, k_BNTD = self._rotate(qkv[:, :, :2], start).permute(2, 0, 3, 1, 4).unbind(0)
         v_BNTD = qkv[:, :, 2].transpose(1, 2)
         if state is not None:
             k_BNTD = self._remember("keys", k_BNTD, start, state)
@@ -87,12 +86,13 @@ class CausalAttention(ResidualBlock):
         mixed = causal_attention(q_BNTD, k_BNTD, v_BNTD)
         return self.add(x_BTC, F.linear(mixed.transpose(1, 2).reshape(batch, length, channels), self.project_out))
 
-    def _rotate(self, x_BTND: Tensor, start: int) -> Tensor:
-        x = at_least_float32(x_BTND)
+    def _rotate(self, qk: Tensor, start: int) -> Tensor:
+        """Normalise and rotate queries and keys, [B, T, 2, N, D]."""
+        x = at_least_float32(qk)
         x = F.rms_norm(x, x.shape[-1:], eps=1e-6)
         first, second = x.chunk(2, dim=-1)
         cos, sin = self.rope_cos[start : start + x.shape[1]], self.rope_sin[start : start + x.shape[1]]
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BTND.dtype)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(qk.dtype)
 
     def _remember(self, name: str, x_BNTD: Tensor, start: int, state: DecodingState) -> Tensor:
         """Write the new keys or values behind those of earlier calls; return them all, [B, N, S, D]."""

@@ -133,10 +133,8 @@ class ConvolutionBlock(ResidualBlock):
     def forward(self, x_BTC: Tensor, state: DecodingState | None = None) -> Tensor:
         """Return the output, same shape as the input."""
         uv = F.linear(self.norm(x_BTC), self.project_in)
-        past = self.past if state is not None else 0
-        if state is not None and past:
-            uv = state.extend(self, "inputs", uv, past)
-        return self.add(x_BTC, F.linear(self._mix(uv)[:, past:], self.project_out))
+        hidden = self._mix(uv) if state is None or not self.past else self._mix_piece(uv, state)
+        return self.add(x_BTC, F.linear(hidden, self.project_out))
 
     def _mix(self, uv: Tensor) -> Tensor:
         if self.past and self.gated and self.activation == "silu":
@@ -144,5 +142,18 @@ class ConvolutionBlock(ResidualBlock):
         u, v = uv.chunk(2, dim=-1) if self.gated else (uv, None)
         if self.past:
             u = causal_convolution(u, self.taps, self.dilation)
+        return self._gate(u, v)
+
+    def _mix_piece(self, uv: Tensor, state: DecodingState) -> Tensor:
+        u, v = uv.chunk(2, dim=-1) if self.gated else (uv, None)
+        length = u.shape[1]
+        u = state.extend(self, "inputs", u, self.past)
+        if length == 1:  # one product instead of one for each tap
+            y = (u[:, :: self.dilation] * self.taps.t().flip(0)).sum(dim=1, keepdim=True)
+        else:
+            y = causal_convolution(u, self.taps, self.dilation)[:, self.past :]
+        return self._gate(y, v)
+
+    def _gate(self, u: Tensor, v: Tensor | None) -> Tensor:
         y = _ACTIVATIONS[self.activation](u)
         return y if v is None else y * v

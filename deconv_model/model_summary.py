@@ -1,8 +1,8 @@
 """What a configuration amounts to, before any weight is made: parameters, reach, arithmetic.
 
 Needs no torch. FLOPs are those of matrix products, two for each multiply-add, in the forward pass; elementwise work,
-norms and the taps of depthwise convolutions (a few per cent) are left out, as in ``torch.utils.flop_counter``. A training
-step takes three times as many.
+norms and the taps of depthwise convolutions (a few per cent) are left out, as in ``torch.utils.flop_counter``. A
+training step takes three times as many.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): momentum made orthogonal.
 
-What it costs is matrix products, which run at the speed of the hardware already, so what is saved here is products.
-Against five iterations of Jordan's polynomial as in ``torch.optim.Muon``:
+What it costs is matrix products, which run at the speed of the hardware already, so what is saved here is products:
+for 3.1M parameters in 16 matrices on one CPU thread, 100 ms a step instead of the 140 of ``torch.optim.Muon``, which
+does five iterations of Jordan's polynomial. Training goes equally well.
 
 - Four polynomials chosen one after the other, each the best for where the singular values then are (the Polar Express,
   Amsel et al. 2025, arXiv:2505.16932), take them as close to 1.

@@ -67,13 +67,15 @@ class TransposedConvolution(nn.Module):
 
     def forward(self, x_BMC: Tensor, length: int, state: DecodingState | None = None) -> Tensor:
         """Return the next ``length`` fine positions, [B, length, out_channels]."""
+        if state is not None and not x_BMC.shape[1]:
+            return self._still_open(length, state)
         sums = self._overlap_add(F.linear(self.norm(x_BMC), self.weight))
         if state is None:
             return sums[:, :length]
         seen = state.positions.get(self, 0)
         pending = state.tensors.get((self, "open"))
         if pending is not None:
-            first = -seen % self.stride if x_BMC.shape[1] else 0
+            first = -seen % self.stride
             short = max(0, pending.shape[1] - first - sums.shape[1])
             sums = F.pad(sums, (0, 0, first, short))
             sums[:, : pending.shape[1]] += pending
@@ -81,13 +83,20 @@ class TransposedConvolution(nn.Module):
         state.positions[self] = (seen + length) % self.stride
         return sums[:, :length]
 
+    def _still_open(self, length: int, state: DecodingState) -> Tensor:
+        """Return fine positions to which earlier coarse ones have added all they will."""
+        sums = state.tensors[self, "open"]
+        state.tensors[self, "open"] = sums[:, length:]
+        state.positions[self] = (state.positions[self] + length) % self.stride
+        return sums[:, :length]
+
     def _overlap_add(self, taps: Tensor) -> Tensor:
-        """Sum [B, M, kernel * C] into [B, (M + kernel / stride - 1) * stride, C]; [B, 0, C] if there is no input."""
+        """Sum [B, M, kernel * C] into [B, (M + kernel / stride - 1) * stride, C]."""
         batch, count, _ = taps.shape
         overlap = self.kernel_size // self.stride
         channels = self.weight.shape[0] // self.kernel_size
         groups = taps.view(batch, count, overlap, self.stride * channels)
-        if overlap == 1 or count == 0:
+        if overlap == 1:
             sums = groups[:, :, 0]
         else:
             shifted = [F.pad(groups[:, :, j], (0, 0, j, overlap - 1 - j)) for j in range(overlap)]

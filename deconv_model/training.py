@@ -98,7 +98,7 @@ class Trainer:
         self.device = device
         self.precision: ResolvedPrecision = resolve_precision(config.precision, device)
         if config.compile:
-            compile_blocks(model)
+            compile_blocks(model, device)
         if config.activation_checkpointing:
             checkpoint_blocks(model)
         self._workers = share_training(model, config.parallel, world_size, device)

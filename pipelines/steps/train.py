@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deconv_model.config import ModelConfig
+from deconv_model.model_summary import summarise
 from pipelines import errors
 from pipelines.cluster import ensure_ray
 from pipelines.errors import ConfigError, DataError, InfraError
@@ -49,11 +51,14 @@ def run(config: dict[str, Any], inputs: dict[str, StepOutput], output: OutputFol
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     scaling, threads = _choose_workers(config["train"])
-    _log.info("[train] %d workers, %d threads each", scaling["num_workers"], threads)
+    vocab_size = inputs["tokens"].read_json("tokens/manifest.json")["vocab_size"]
+    model = ModelConfig.from_dict({"vocab_size": vocab_size, **config["model"]})
+    _log.info("[train] %d workers, %d threads each; %s", scaling["num_workers"], threads, summarise(model))
     output.remove(_OUTCOME_FILE)
     output.remove(_PROGRESS_FILE)
     job = {
         "config": config,
+        "model": model.to_dict(),
         "threads": threads,
         "tokens": inputs["tokens"].uri,
         "tokenizer": inputs["tokenizer"].uri,
@@ -171,24 +176,23 @@ def _make_trainer(job: dict[str, Any], output: OutputFolder, rank: int, world_si
     import torch
 
     from deconv_model.checkpoints import read_latest_checkpoint
-    from deconv_model.config import ModelConfig, TrainingConfig
+    from deconv_model.config import TrainingConfig
     from deconv_model.data import SequenceOrder, TokenStream
     from deconv_model.language_model import LanguageModel
     from deconv_model.training import Trainer
 
     settings = {key: value for key, value in job["config"]["train"].items() if key != "workers"}
     training = TrainingConfig(**settings)
+    config = ModelConfig.from_dict(job["model"])
     tokens = StepOutput(job["tokens"]).local("tokens")
     try:
         streams = {split: TokenStream(tokens, split) for split in ("train", "valid")}
-        context_length = job["config"]["model"]["context_length"]
-        train = SequenceOrder(streams["train"], context_length, training.seed)
-        valid = SequenceOrder(streams["valid"], context_length, training.seed, shuffle=False)
+        train = SequenceOrder(streams["train"], config.context_length, training.seed)
+        valid = SequenceOrder(streams["valid"], config.context_length, training.seed, shuffle=False)
     except ValueError as error:
         raise DataError(f"{error}; give more text, or a smaller model.context_length") from error
-    vocab_size = streams["train"].manifest["vocab_size"]
     torch.manual_seed(training.seed)
-    model = LanguageModel(ModelConfig.from_dict({"vocab_size": vocab_size, **job["config"]["model"]}))
+    model = LanguageModel(config)
     trainer = Trainer(model, training, train, valid, rank=rank, world_size=world_size, device=device)
     state = read_latest_checkpoint(output.local("checkpoints"))
     if state is not None:

@@ -34,7 +34,7 @@ from pipelines.report import plain_table
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.wikitext import BPE_IDS, BYTE_VALUES, DATA, load_wikitext, write_json
 
-MUON_LR, ADAMW_LR = 0.02, 0.004
+ADAMW_LR = 0.004
 WARMUP, CONSTANT_UNTIL, FINAL = 0.03, 0.4, 0.02
 RARE = 1e-4  # characters below this share of the train split become one
 
@@ -46,6 +46,7 @@ class Recipe:
     config: AutoencoderConfig
     seconds: float
     batch_size: int
+    muon_lr: float = 0.02
     noise: NoiseConfig = NoiseConfig()  # noqa: RUF009 (it is frozen)
 
 
@@ -83,14 +84,14 @@ def recipes(characters: int) -> dict[str, Recipe]:
                 vocab_size=characters,
                 context_length=128,
                 latent="spatial",
-                latent_size=256,
-                widths=(96, 192, 384),
-                strides=(2, 2),
-                blocks=(0, 1, 3),
-                kernel_size=5,
+                latent_size=128,
+                widths=(96, 160),
+                strides=(2,),
+                blocks=(0, 4),
             ),
-            seconds=300.0,
+            seconds=600.0,
             batch_size=64,
+            muon_lr=0.014,
             noise=NoiseConfig(substitution=0.3),
         ),
     }
@@ -113,8 +114,10 @@ def train(name: str, recipe: Recipe, splits: tuple[Tensor, Tensor]) -> dict[str,
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
     model = Autoencoder(config)
-    rates = {"muon": MUON_LR, "adamw": ADAMW_LR}
-    optimizers = build_optimizers(model, TrainingConfig(steps=1, muon_lr=MUON_LR, adamw_lr=ADAMW_LR, weight_decay=0.0))
+    rates = {"muon": recipe.muon_lr, "adamw": ADAMW_LR}
+    optimizers = build_optimizers(
+        model, TrainingConfig(steps=1, muon_lr=recipe.muon_lr, adamw_lr=ADAMW_LR, weight_decay=0.0)
+    )
     places_T = torch.arange(config.context_length)
     valid = splits[1]
     windows = valid[: len(valid) // config.context_length * config.context_length].view(-1, config.context_length)

@@ -7,7 +7,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from deconv_model.config import LSTMConfig, ModelConfig
 from deconv_model.language_model import LanguageModel, count_parameters
 from deconv_model.model_summary import reach, summarise
-from tests.deconv_model.small_models import ALL_CONFIGS, CONFIGS, CONTEXT, LSTM, VOCABULARY, random_ids, randomised_model
+from tests.deconv_model.small_models import (
+    ALL_CONFIGS,
+    CONFIGS,
+    CONTEXT,
+    LSTM,
+    VOCABULARY,
+    random_ids,
+    randomised_model,
+)
 
 torch.set_num_threads(1)
 

@@ -1,6 +1,6 @@
 """How fast the tokens step is: against one plain process with either engine, on the same text in the same run.
 
-    python tests/benchmarks/bench_tokens.py --repeats 5 --json tokens.json
+    python -m tests.benchmarks.tokens --repeats 5 --json tokens.json
 
 The text is the demo's corpus. A repeat runs the contenders one after another, so that noise of the machine meets all of
 them; ratios are taken within a repeat. Ray is warm: its start is paid once a run and is shown apart.
