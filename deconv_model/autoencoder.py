@@ -26,7 +26,7 @@ class Autoencoder(nn.Module):
 
     Initial weights depend on torch's global generator only: call ``torch.manual_seed`` first. Sequences may have any
     length up to the context; shorter ones are filled up with blanks inside, to whole strides for a spatial latent and
-    to the whole context for a vector.
+    to the whole context for a vector. A vector model that is to keep short sequences must be trained on some.
 
     Args:
         config: Sizes, loss and temperature.

@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from deconv_model.autoencoder import Autoencoder
@@ -100,12 +100,18 @@ def recipes(characters: int) -> dict[str, Recipe]:
 def character_splits(data: Path) -> tuple[Tensor, Tensor, int]:
     """Return the ids of the characters of the train and of the valid split, and the size of the alphabet."""
     text = load_wikitext("bytes", data)
-    splits = [bytes(split.ids[split.ids < BYTE_VALUES].astype(np.uint8)).decode() for split in (text.train, text.valid)]
-    counts = Counter(splits[0])
-    common = [character for character, count in counts.most_common() if count >= RARE * len(splits[0])]
-    ids = {character: i for i, character in enumerate(common)}
-    train, valid = (torch.tensor([ids.get(character, len(common)) for character in split]) for split in splits)
-    return train, valid, len(common) + 1
+    train, valid = (_code_points(split.ids) for split in (text.train, text.valid))
+    counts = np.bincount(train)
+    by_count = np.argsort(-counts, kind="stable")
+    common = by_count[counts[by_count] >= RARE * len(train)]
+    ids = np.full(max(train.max(), valid.max()) + 1, len(common))
+    ids[common] = np.arange(len(common))
+    return torch.from_numpy(ids[train]), torch.from_numpy(ids[valid]), len(common) + 1
+
+
+def _code_points(ids: NDArray[np.int64]) -> NDArray[np.uint32]:
+    text = bytes(ids[ids < BYTE_VALUES].astype(np.uint8)).decode()
+    return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
 
 
 def train(name: str, recipe: Recipe, splits: tuple[Tensor, Tensor]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def _hourglass(kind: Kind, *, pointer: bool = True, attention: bool = True) -> C
                 width=256, encoder=StackConfig(layers=1, hidden=384), decoder=StackConfig(layers=2, hidden=448)
             ),
             LevelConfig(
-                width=320, stride=2, encoder=StackConfig(layers=2, hidden=512, heads=5) if attention else _COARSE
+                width=320, stride=4, encoder=StackConfig(layers=2, hidden=384, heads=5) if attention else _COARSE
             ),
         )
     else:
@@ -55,19 +55,23 @@ def _hourglass(kind: Kind, *, pointer: bool = True, attention: bool = True) -> C
                 stride=4,
                 encoder=StackConfig(layers=2, hidden=512, heads=6)
                 if attention
-                else replace(_COARSE, hidden=700, layers=4, dilation=(1, 4, 16, 64)),
+                else replace(_COARSE, hidden=600, layers=4, dilation=(1, 4, 16, 64)),
             ),
         )
     return Contender(_model(kind, levels, pointer_size=64 if pointer and kind == "subwords" else 0), CONTEXT[kind])
 
 
 # Of the same size as two layers with attention; the dilations see as far as they can without one.
-_COARSE = StackConfig(layers=3, hidden=600, kernel_size=8, dilation=(1, 4, 16))
+_COARSE = StackConfig(layers=3, hidden=540, kernel_size=8, dilation=(1, 4, 16))
 
 
 def _model(kind: Kind, levels: tuple[LevelConfig, ...], pointer_size: int = 0) -> ModelConfig:
     return ModelConfig(
-        vocab_size=VOCABULARY[kind], context_length=CONTEXT[kind], levels=levels, pointer_size=pointer_size
+        vocab_size=VOCABULARY[kind],
+        context_length=CONTEXT[kind],
+        levels=levels,
+        pointer_size=pointer_size,
+        logit_cap=0.0,
     )
 
 
