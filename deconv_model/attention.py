@@ -97,10 +97,7 @@ class CausalAttention(ResidualBlock):
     def _remember(self, name: str, x_BNTD: Tensor, start: int, state: DecodingState) -> Tensor:
         """Write the new keys or values behind those of earlier calls; return them all, [B, N, S, D]."""
         end = start + x_BNTD.shape[2]
-        if (
-            self,
-            name,
-        ) not in state.tensors:  # room for the whole context at once: a step then writes its own entry only
+        if (self, name) not in state.tensors:  # room for the whole context: a step then writes its own entry only
             batch, heads, _, size = x_BNTD.shape
             state.tensors[self, name] = x_BNTD.new_empty(batch, heads, self.rope_cos.shape[0], size)
         cache = state.tensors[self, name]

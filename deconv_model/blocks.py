@@ -28,7 +28,8 @@ class DecodingState:
     Attributes:
         tensors: By part and name, each [B, ...]: last inputs of a convolution, outputs still open of a transposed
             convolution, keys and values.
-        positions: Positions a part has seen, where its next output depends on that.
+        positions: Positions a part has seen, where its next output depends on that; modulo the stride, where only that
+            counts.
     """
 
     def __init__(self) -> None:
