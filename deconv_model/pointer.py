@@ -40,8 +40,7 @@ class Pointer(nn.Module):
     def __init__(self, channels: int, size: int, context_length: int) -> None:
         super().__init__()
         self.context_length = context_length
-        self.query = new_matrix(size, channels)
-        self.key = new_matrix(size, channels)
+        self.project_in = new_matrix(2 * size, channels)  # to queries and keys
         self.sentinel = nn.Parameter(torch.zeros(channels))
         # 500 positions with random keys weigh about as much together as a sentinel of 7: copying begins small.
         self.sentinel_bias = nn.Parameter(torch.tensor(9.0))
@@ -70,10 +69,10 @@ class Pointer(nn.Module):
         return _mix(q_BTD[:, -1:], keys_BSD, sentinel_BT[:, -1:], ids_BS, logits_BV[:, None], end - 1)[:, 0]
 
     def _project(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q_BTD, k_BTD = (at_least_float32(F.linear(x_BTC, weight)) for weight in (self.query, self.key))
-        size = q_BTD.shape[-1:]
-        q_BTD, k_BTD = (F.rms_norm(x, size, eps=1e-6) for x in (q_BTD, k_BTD))
-        scale = torch.exp(5.0 * self.log_scale) * size[0] ** -0.5  # the factor lets few steps change it much
+        size = self.project_in.shape[0] // 2
+        qk = at_least_float32(F.linear(x_BTC, self.project_in)).unflatten(-1, (2, size))
+        q_BTD, k_BTD = F.rms_norm(qk, (size,), eps=1e-6).unbind(-2)
+        scale = torch.exp(5.0 * self.log_scale) * size**-0.5  # the factor lets few steps change it much
         sentinel_BT = (at_least_float32(x_BTC) * self.sentinel).sum(-1) + self.sentinel_bias
         return q_BTD * scale, k_BTD, sentinel_BT
 

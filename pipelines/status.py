@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pipelines.lease import Lease, describe_owner, read_lease
@@ -54,6 +55,6 @@ def _note(output: OutputFolder, state: str, owner: dict[str, Any] | None) -> str
     note = describe_owner(owner)
     try:
         facts = output.read_json("_progress.json")
-        return f"{note}, step {facts['step']:,} of {facts['steps']:,}, loss {facts['loss']:.3f}"
+        return f"{note}, step {facts['step']:,} of {facts['steps']:,}, loss {facts.get('loss', math.nan):.3f}"
     except (OSError, ValueError, KeyError):
         return note

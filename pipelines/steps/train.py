@@ -7,6 +7,7 @@ workers. ``model/`` holds the weights with the lowest valid loss, ``history.json
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import threading
@@ -135,8 +136,9 @@ def _shown_progress(output: OutputFolder, steps: int) -> Iterator[None]:
                     facts = output.read_json(_PROGRESS_FILE)
                 except (OSError, ValueError):
                     continue
+                loss = f"loss {facts.get('loss', math.nan):.3f}"  # none until a step was not skipped
                 valid = f", valid {facts['valid_loss']:.3f}" if facts.get("valid_loss") is not None else ""
-                bar.set(facts["step"], f"loss {facts['loss']:.3f}{valid}, {facts['tokens_per_second']:,.0f} tokens/s")
+                bar.set(facts["step"], f"{loss}{valid}, {facts['tokens_per_second']:,.0f} tokens/s")
 
     thread = threading.Thread(target=show, name="train-progress", daemon=True)
     thread.start()

@@ -90,7 +90,6 @@ def train(name: str, seed: int, budget: float, unit: str, kind: Any, data: Path)
         "cpu_seconds": seconds,
         "teraflops": 3.0 * summary.flops_per_token * tokens / 1e12,
         "parameters": summary.parameters - summary.embedding_parameters,
-        "weights_finite": all(bool(p.isfinite().all()) for p in model.parameters()),
     }
 
 

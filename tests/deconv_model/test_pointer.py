@@ -62,8 +62,7 @@ def test_shares_and_their_gradients_are_those_of_the_formula(monkeypatch: pytest
 def test_a_repeated_phrase_is_continued() -> None:
     pointer = Pointer(8, 8, 6)
     with torch.no_grad():
-        pointer.query.copy_(torch.eye(8))
-        pointer.key.copy_(torch.eye(8))
+        pointer.project_in.copy_(torch.eye(8).repeat(2, 1))
         pointer.log_scale.fill_(1.0)
     x = torch.eye(8)[[0, 1, 2, 0, 1, 2]][None]  # the features say where in the phrase we are
     ids = torch.tensor([[5, 6, 7, 5, 6, 7]])
