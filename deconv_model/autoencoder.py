@@ -52,8 +52,11 @@ class Autoencoder(nn.Module):
                 self.decoder.append(_TransposedConvolution(width, config.widths[level - 1], stride, kernel_size))
         # For a vector, one matrix spans the coarsest level: it has weights of its own for each position.
         spanned = config.widths[-1] * (config.context_length // config.total_stride if self._is_vector else 1)
-        self.to_latent = _NormedLinear(spanned, config.latent_size)
-        self.from_latent = _NormedLinear(config.latent_size, spanned)
+        # An orthogonal map and its inverse: what a position puts into the latent comes back at that position, from the
+        # first step on. A vector takes far longer to learn where is what from two unrelated random matrices.
+        to_latent = nn.init.orthogonal_(torch.empty(config.latent_size, spanned))
+        self.to_latent = _NormedLinear(to_latent)
+        self.from_latent = _NormedLinear(to_latent.t().clone())
 
     @property
     def _is_vector(self) -> bool:
@@ -166,10 +169,10 @@ class Autoencoder(nn.Module):
 class _NormedLinear(nn.Module):
     """A matrix product with the normalised input."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.norm = RMSNorm(in_features)
-        self.weight = new_matrix(out_features, in_features)
+        self.norm = RMSNorm(weight.shape[1])
+        self.weight = nn.Parameter(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self.norm(x), self.weight)

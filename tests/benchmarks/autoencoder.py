@@ -48,6 +48,7 @@ class Recipe:
     batch_size: int
     muon_lr: float = 0.02
     noise: NoiseConfig = NoiseConfig()  # noqa: RUF009 (it is frozen)
+    random_tokens: float = 0.0  # share of the training windows, inputs and targets alike: most ids are rare in the text
 
 
 def recipes(characters: int) -> dict[str, Recipe]:
@@ -59,12 +60,13 @@ def recipes(characters: int) -> dict[str, Recipe]:
                 context_length=64,
                 latent="spatial",
                 latent_size=48,
-                widths=(192, 256, 320),
+                widths=(128, 192, 256),
                 strides=(2, 2),
                 blocks=0,
             ),
             seconds=120.0,
-            batch_size=32,
+            batch_size=64,
+            random_tokens=0.15,
         ),
         "vector": Recipe(
             AutoencoderConfig(
@@ -72,12 +74,13 @@ def recipes(characters: int) -> dict[str, Recipe]:
                 context_length=64,
                 latent="vector",
                 latent_size=768,
-                widths=(192, 256, 384, 512),
-                strides=(2, 2, 2),
+                widths=(128, 192, 48),  # 16 positions x 48 are as wide as the vector: the map between is a rotation
+                strides=(2, 2),
                 blocks=0,
             ),
             seconds=600.0,
-            batch_size=128,
+            batch_size=64,
+            random_tokens=0.15,
         ),
         "characters": Recipe(
             AutoencoderConfig(
@@ -132,7 +135,8 @@ def train(name: str, recipe: Recipe, splits: tuple[Tensor, Tensor]) -> dict[str,
     while seconds < recipe.seconds:
         began = time.process_time()
         starts = torch.randint(len(splits[0]) - config.context_length + 1, (recipe.batch_size, 1), generator=generator)
-        clean = splits[0][starts + places_T]
+        random = NoiseConfig(substitution=recipe.random_tokens)
+        clean = add_noise(splits[0][starts + places_T], random, config.vocab_size, generator)
         with _precision():
             noisy = add_noise(clean, recipe.noise, config.vocab_size, generator)
             loss = model.token_losses(noisy, clean).mean()

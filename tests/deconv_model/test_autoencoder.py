@@ -152,6 +152,11 @@ def test_blank_targets_cost_nothing_and_teach_nothing(loss: Any) -> None:
     assert all(parameter.grad is None or (parameter.grad == 0).all() for parameter in model.parameters())
 
 
+def test_a_new_vector_gives_every_position_back_its_own() -> None:
+    model = Autoencoder(replace(VECTOR, latent_size=64))  # as wide as its coarsest level, 4 x 16
+    torch.testing.assert_close(model.from_latent.weight @ model.to_latent.weight, torch.eye(64), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("loss", ["cross_entropy", "embedding"])
 @pytest.mark.parametrize("config", [SPATIAL, VECTOR], ids=["spatial", "vector"])
 def test_both_latents_learn_to_keep_random_sequences_with_both_losses(config: AutoencoderConfig, loss: Any) -> None:
