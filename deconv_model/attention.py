@@ -23,7 +23,7 @@ def causal_attention(q_BNTD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
     """
     length = q_BNTD.shape[2]
     start = k_BNSD.shape[2] - length
-    if q_BNTD.device.type != "cpu" and length > 1 and start == 0:
+    if q_BNTD.device.type != "cpu" and start == 0:
         return F.scaled_dot_product_attention(q_BNTD, k_BNSD, v_BNSD, is_causal=True)
     q_BNTD = q_BNTD * q_BNTD.shape[3] ** -0.5
     k_BNDS = k_BNSD.transpose(2, 3)
@@ -83,7 +83,12 @@ class CausalAttention(ResidualBlock):
             k_BNTD = self._remember("keys", k_BNTD, start, state)
             v_BNTD = self._remember("values", v_BNTD, start, state)
             state.positions[self] = start + length
-        mixed = causal_attention(q_BNTD, k_BNTD, v_BNTD)
+        if state is not None and torch.compiler.is_exporting():
+            # The sizes of an exported program do not depend on the position: what is behind it in the cache is masked.
+            visible_1S = torch.arange(k_BNTD.shape[2], device=x_BTC.device)[None] < start + length
+            mixed = F.scaled_dot_product_attention(q_BNTD, k_BNTD, v_BNTD, attn_mask=visible_1S)
+        else:
+            mixed = causal_attention(q_BNTD, k_BNTD, v_BNTD)
         return self.add(x_BTC, F.linear(mixed.transpose(1, 2).reshape(batch, length, channels), self.project_out))
 
     def _rotate(self, qk: Tensor, start: int) -> Tensor:
@@ -95,11 +100,14 @@ class CausalAttention(ResidualBlock):
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(qk.dtype)
 
     def _remember(self, name: str, x_BNTD: Tensor, start: int, state: DecodingState) -> Tensor:
-        """Write the new keys or values behind those of earlier calls; return them all, [B, N, S, D]."""
+        """Write the new keys or values behind those of earlier calls; return them all, [B, N, S, D].
+
+        An exported program gets the whole cache.
+        """
         end = start + x_BNTD.shape[2]
         if (self, name) not in state.tensors:  # room for the whole context: a step then writes its own entry only
             batch, heads, _, size = x_BNTD.shape
             state.tensors[self, name] = x_BNTD.new_empty(batch, heads, self.rope_cos.shape[0], size)
         cache = state.tensors[self, name]
         cache[:, :, start:end] = x_BNTD
-        return cache[:, :, :end]
+        return cache if torch.compiler.is_exporting() else cache[:, :, :end]

@@ -38,8 +38,14 @@ class DecodingState:
 
     def reorder(self, rows_B: Tensor) -> None:
         """Keep the sequences ``rows_B`` (int64) in that order; a row may be named several times, as beams are."""
+        if not self.tensors or torch.equal(rows_B, torch.arange(self._batch, device=rows_B.device)):
+            return
         for key, tensor in self.tensors.items():
             self.tensors[key] = tensor.index_select(0, rows_B)
+
+    @property
+    def _batch(self) -> int:
+        return len(next(iter(self.tensors.values())))
 
     def extend(self, part: nn.Module, name: str, x_BTC: Tensor, past: int) -> Tensor:
         """Return ``x_BTC`` after the ``past`` positions before it (zeros before the first); remember the last ones."""

@@ -140,7 +140,10 @@ def stream_batch(
     Raises:
         ValueError: As :func:`generate`, and at the call.
     """
-    require(max_new_tokens >= 0, f"max_new_tokens must be at least 0, got {max_new_tokens}")
+    require(
+        isinstance(max_new_tokens, int) and max_new_tokens >= 0,
+        f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens}",
+    )
     vocab_size = model.config.vocab_size
     sequences = [complete_prompt(prompt, vocab_size, stop_id=stop_id, start_id=start_id) for prompt in prompts]
     sampler = Sampler(options, sequences, vocab_size, device_of(model))

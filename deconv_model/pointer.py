@@ -86,11 +86,12 @@ class Pointer(nn.Module):
         keys[:, start:end] = k_BTD
         ids[:, start:end] = ids_BT
         state.positions[self] = end
-        return keys[:, :end], ids[:, :end]
+        # An exported program has sizes that do not depend on the position; what is behind the end is masked.
+        return (keys, ids) if torch.compiler.is_exporting() else (keys[:, :end], ids[:, :end])
 
 
 def _mix(q_BTD: Tensor, k_BSD: Tensor, sentinel_BT: Tensor, ids_BS: Tensor, logits_BTV: Tensor, start: int) -> Tensor:
-    """Mix for queries that begin at position ``start``, given all keys and ids up to the last of them."""
+    """Mix for queries that begin at position ``start``, given all keys and ids up to the last of them, or more."""
     scores_BTS = _scores(q_BTD, k_BSD[:, :-1], start, logits_BTV.dtype)
     weights = torch.cat([sentinel_BT.to(logits_BTV.dtype)[:, :, None], scores_BTS], dim=2).softmax(dim=2)
     p_BTV = logits_BTV.softmax(dim=2) * weights[:, :, :1]
@@ -101,8 +102,6 @@ def _mix(q_BTD: Tensor, k_BSD: Tensor, sentinel_BT: Tensor, ids_BS: Tensor, logi
 def _scores(q_BTD: Tensor, k_BSD: Tensor, start: int, dtype: torch.dtype) -> Tensor:
     """Return the scores [B, T, S] of queries from position ``start`` on; minus infinity where none follows yet."""
     scores = (q_BTD @ k_BSD.transpose(1, 2)).to(dtype)
-    if scores.shape[1] == 1:  # the last position: it sees all
-        return scores
     hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).triu_(start)
     return scores.masked_fill_(hidden, float("-inf"))
 

@@ -47,12 +47,18 @@ class SamplingOptions:
         require(
             0.0 <= self.temperature < math.inf, f"temperature must be at least 0 and finite, got {self.temperature}"
         )
-        require(self.top_k >= 0, f"top_k must be at least 0, got {self.top_k}")
+        require(
+            isinstance(self.top_k, int) and self.top_k >= 0,
+            f"top_k must be a whole number of at least 0, got {self.top_k}",
+        )
         require(0.0 < self.top_p <= 1.0, f"top_p must be above 0 and at most 1, got {self.top_p}")
         require(0.0 <= self.min_p <= 1.0, f"min_p must be in [0, 1], got {self.min_p}")
         penalty = self.repetition_penalty
         require(0.0 < penalty < math.inf, f"repetition_penalty must be above 0 and finite, got {penalty}")
-        require(0 <= self.seed < 2**63, f"seed must be in [0, 2**63), got {self.seed}")
+        require(
+            isinstance(self.seed, int) and 0 <= self.seed < 2**63,
+            f"seed must be a whole number in [0, 2**63), got {self.seed}",
+        )
 
 
 DEFAULT_OPTIONS = SamplingOptions()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from deconv_model.causal_model import CausalModel, DecodingSizes, StateT, device_of, evaluation_mode
 from deconv_model.config import require
@@ -28,7 +28,7 @@ class _Window(NamedTuple):
 
 def score(
     model: CausalModel[StateT],
-    documents: Sequence[np.ndarray],
+    documents: Sequence[ArrayLike],
     *,
     start_id: int,
     batch_tokens: int = 8192,
@@ -51,7 +51,7 @@ def score(
     Raises:
         ValueError: As :func:`score_documents`.
     """
-    log_probabilities = [np.zeros(len(document), dtype=np.float64) for document in documents]
+    log_probabilities = [np.zeros(np.shape(document), dtype=np.float64) for document in documents]
     for window, losses in _scored_windows(model, documents, start_id, batch_tokens, progress):
         end = window.start + window.length
         log_probabilities[window.document][window.start + window.first_scored : end] = -losses
@@ -60,7 +60,7 @@ def score(
 
 def score_documents(
     model: CausalModel[StateT],
-    documents: Sequence[np.ndarray],
+    documents: Sequence[ArrayLike],
     *,
     start_id: int,
     batch_tokens: int = 8192,
@@ -90,21 +90,22 @@ def score_documents(
 
 def _scored_windows(
     model: CausalModel[StateT],
-    documents: Sequence[np.ndarray],
+    documents: Sequence[ArrayLike],
     start_id: int,
     batch_tokens: int,
     progress: Callable[[int], None] | None,
 ) -> Iterator[tuple[_Window, np.ndarray]]:
     """Yield each window with the losses of the tokens that it scores; it alone scores them."""
-    _check(documents, start_id, batch_tokens, model.config.vocab_size)
-    windows = [window for i, document in enumerate(documents) for window in _windows(i, len(document), model.config)]
+    arrays = [np.asarray(document) for document in documents]
+    _check(arrays, start_id, batch_tokens, model.config.vocab_size)
+    windows = [window for i, document in enumerate(arrays) for window in _windows(i, len(document), model.config)]
     windows.sort(key=lambda window: window.length)  # stable, so the order of batches is a function of the input
-    open_windows = np.zeros(len(documents), dtype=np.int64)
+    open_windows = np.zeros(len(arrays), dtype=np.int64)
     np.add.at(open_windows, [window.document for window in windows], 1)
     _report(progress, int((open_windows == 0).sum()))
     with evaluation_mode(model):
         for batch in _batches(windows, batch_tokens):
-            for window, losses in zip(batch, _window_losses(model, documents, batch, start_id), strict=True):
+            for window, losses in zip(batch, _window_losses(model, arrays, batch, start_id), strict=True):
                 yield window, losses[window.first_scored : window.length]
             touched = np.array([window.document for window in batch])
             np.subtract.at(open_windows, touched, 1)
@@ -115,6 +116,10 @@ def _check(documents: Sequence[np.ndarray], start_id: int, batch_tokens: int, vo
     require(batch_tokens >= 1, f"batch_tokens must be at least 1, got {batch_tokens}")
     require(0 <= start_id < vocab_size, f"start_id must be in [0, {vocab_size}), got {start_id}")
     for i, document in enumerate(documents):
+        require(
+            document.dtype.kind in "iu" or not document.size,
+            f"documents must hold whole numbers, got {document.dtype} in documents[{i}]",
+        )
         least, most = (document.min(), document.max()) if len(document) else (0, 0)
         require(
             bool(0 <= least <= most < vocab_size),

@@ -81,3 +81,12 @@ def test_impossible_requests_are_refused(documents: list[list[int]], options: di
     for function in (score, score_documents):
         with pytest.raises(ValueError, match=message):
             function(MODEL, arrays, **{"start_id": 0, **options})
+
+
+def test_plain_lists_are_documents_and_fractions_are_not() -> None:
+    np.testing.assert_array_equal(
+        score_documents(MODEL, [[1, 2, 3], []], start_id=2),
+        score_documents(MODEL, [np.array([1, 2, 3]), np.array([], dtype=np.uint16)], start_id=2),
+    )
+    with pytest.raises(ValueError, match=r"documents must hold whole numbers, got float64 in documents\[1\]"):
+        score(MODEL, [np.array([1]), np.array([0.5])], start_id=2)

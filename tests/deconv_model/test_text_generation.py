@@ -171,7 +171,7 @@ def test_stop_strings_end_the_continuations_of_a_batch_each_at_its_own() -> None
 
 
 def test_errors_come_at_the_call() -> None:
-    with pytest.raises(ValueError, match="max_new_tokens must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="max_new_tokens must be a whole number of at least 0, got -1"):
         stream_text(MODEL, BYTES, "a", end_id=END, max_new_tokens=-1)
     with pytest.raises(ValueError, match="empty string"):
         stream_text(MODEL, BYTES, "a", end_id=END, max_new_tokens=1, stop_strings="")
