@@ -229,10 +229,10 @@ def _fit(trainer: Trainer, output: OutputFolder, rank: int, world_size: int) -> 
 
 
 def _write_outcome(trainer: Trainer, job: dict[str, Any], output: OutputFolder, world_size: int) -> None:
-    from deconv_model.language_model import count_parameters
+    from deconv_model.language_model import LanguageModel, count_parameters
     from deconv_model.saving import save_model, weights_sha256
 
-    model: Any = trainer.model
+    model = LanguageModel(ModelConfig.from_dict(job["model"]))  # the trainer's may be sharded
     model.load_state_dict(trainer.best_weights())
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
