@@ -43,8 +43,8 @@ class Pointer(nn.Module):
         self.project_in = new_matrix(2 * size, channels)  # to queries and keys
         self.sentinel = nn.Parameter(torch.zeros(channels))
         # 500 positions with random keys weigh about as much together as a sentinel of 7: copying begins small.
-        self.sentinel_bias = nn.Parameter(torch.tensor(9.0))
-        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.sentinel_bias = nn.Parameter(torch.full((1,), 9.0))  # no scalar: FSDP shards rows
+        self.log_scale = nn.Parameter(torch.zeros(1))
 
     def log_shares(self, x_BTC: Tensor, ids_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logarithms of the gate and of the probability of copying the target, each [B, T]."""
