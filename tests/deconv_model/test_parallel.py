@@ -4,8 +4,12 @@ import pytest
 import torch
 
 from deconv_model.checkpoints import read_latest_checkpoint, write_checkpoint
+from deconv_model.config import LevelConfig, ModelConfig, StackConfig
+from deconv_model.language_model import LanguageModel
 from tests.deconv_model.tiny import (
     CONFIG,
+    CONTEXT,
+    VOCABULARY,
     TinyStack,
     assert_same,
     assert_same_training,
@@ -103,5 +107,36 @@ def test_all_ways_of_sharing_go_on_from_a_state_of_one_worker_alike(tmp_path, ba
     run_ranks(2 if batch_size == 5 else 3, compare, tmp_path, config)
     for history in read_latest_checkpoint(tmp_path / "histories").values():
         assert len(history) == 5
+        for ours, theirs in zip(history, alone.history, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def hourglass():
+    torch.manual_seed(4)
+    stack = StackConfig(layers=1, hidden=12)
+    levels = (
+        LevelConfig(width=8, encoder=stack, decoder=stack),
+        LevelConfig(width=12, stride=2, encoder=replace(stack, heads=2, qkv_kernel=3)),
+    )
+    config = ModelConfig(vocab_size=VOCABULARY, context_length=CONTEXT, levels=levels, pointer_size=4)
+    return LanguageModel(config)
+
+
+def train_hourglasses(rank, world_size, folder, config):
+    histories = {}
+    for parallel in ("replicated", "ddp", "fsdp"):
+        trainer = tiny_trainer(folder, replace(config, parallel=parallel), hourglass(), rank, world_size)
+        histories[parallel] = train(trainer).history
+    if rank == 0:
+        write_checkpoint(folder / "histories", histories, 1)
+
+
+def test_the_language_model_with_all_its_parts_can_be_shared_in_every_way(tmp_path):
+    write_tiny_shards(tmp_path)
+    config = replace(ALL, steps=3, activation_checkpointing=False)
+    alone = train(tiny_trainer(tmp_path, config, hourglass()))
+    run_ranks(2, train_hourglasses, tmp_path, config)
+    for history in read_latest_checkpoint(tmp_path / "histories").values():
+        assert len(history) == 3
         for ours, theirs in zip(history, alone.history, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-3)
