@@ -35,6 +35,7 @@ def preset(size: Size, units: Units = "subwords", *, vocab_size: int | None = No
         context_length=context_length,
         levels=levels,
         pointer_size=64 if units == "subwords" else 0,
+        logit_cap=0.0,
     )
 
 
@@ -54,8 +55,8 @@ def _coarse(width: int, stride: int, layers: int, hidden: int) -> LevelConfig:
 _Shape = tuple[int, int, tuple[LevelConfig, ...]]
 
 _SUBWORDS: dict[Size, _Shape] = {
-    "tiny": (512, 4096, (_level(256, (1, 384), (2, 448), 4), _coarse(320, 2, 2, 512))),
-    "small": (512, 8192, (_level(384, (1, 640), (2, 640), 4), _coarse(512, 2, 3, 768))),
+    "tiny": (512, 4096, (_level(256, (1, 384), (2, 448), 4), _coarse(320, 4, 2, 384))),
+    "small": (512, 8192, (_level(384, (1, 640), (2, 640), 4), _coarse(512, 4, 3, 704))),
     "base": (1024, 32768, (_level(640, (2, 960), (2, 960), 4), _coarse(1024, 2, 10, 1664))),
 }
 _BYTES: dict[Size, _Shape] = {
