@@ -72,9 +72,10 @@ def export_scoring(model: LanguageModel) -> ExportedProgram:
         shorter sequence may be padded behind its end with any id: nothing before can see it.
     """
     ids_BT = torch.zeros(_BATCH, model.config.context_length, dtype=torch.int64, device=model.embedding.device)
+    targets_BT = torch.zeros_like(ids_BT)  # torch takes the same tensor for the same input
     batch = {0: Dim.DYNAMIC}
     with torch.no_grad():
-        return torch.export.export(_Scoring(_frozen(model)), (ids_BT, ids_BT), dynamic_shapes=(batch, batch))
+        return torch.export.export(_Scoring(_frozen(model)), (ids_BT, targets_BT), dynamic_shapes=(batch, batch))
 
 
 def export_step(model: LanguageModel) -> StepPrograms:

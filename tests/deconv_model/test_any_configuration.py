@@ -12,7 +12,7 @@ from tests.deconv_model.small_models import VOCABULARY, random_ids, randomised_m
 
 torch.set_num_threads(1)
 
-any_configuration = hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+any_configuration = hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
 
 
 @st.composite

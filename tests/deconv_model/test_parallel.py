@@ -21,6 +21,8 @@ from tests.deconv_model.tiny import (
     write_tiny_shards,
 )
 
+pytestmark = pytest.mark.slow  # processes that find each other
+
 # Five sequences a batch, two at once: one of two ranks has a micro-batch less than the other.
 ALL = replace(CONFIG, average_decay=0.75, label_smoothing=0.1, activation_checkpointing=True)
 
