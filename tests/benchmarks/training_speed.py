@@ -123,24 +123,23 @@ def main() -> None:
 
 def _table(results: list[dict[str, Any]]) -> str:
     rows = []
-    for kind in dict.fromkeys(r["kind"] for r in results):
-        for name in dict.fromkeys(r["model"] for r in results):
-            here = [r for r in results if (r["kind"], r["model"]) == (kind, name)]
-            ours = {r["repeat"]: r for r in results if (r["kind"], r["model"]) == (kind, OURS)}
-            ratios = [ours[r["repeat"]]["tokens_per_second"] / r["tokens_per_second"] for r in here if ours]
-            middle = {key: statistics.median(r[key] for r in here) for key in here[0] if key not in ("model", "kind")}
-            rows.append(
-                (
-                    f"{kind}, {name}",
-                    f"{middle['tokens_per_second']:,.0f}",
-                    f"{middle['milliseconds']:,.0f}",
-                    f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "-",
-                    f"{middle['megabytes']:,.0f}",
-                    f"{middle['gigaflops']:.0f}",
-                    f"{middle['step_over_product']:.2f}",
-                    f"{middle['parameters'] / 1e6:.2f}M",
-                )
+    for kind, name in dict.fromkeys((r["kind"], r["model"]) for r in results):
+        here = [r for r in results if (r["kind"], r["model"]) == (kind, name)]
+        ours = {r["repeat"]: r for r in results if (r["kind"], r["model"]) == (kind, OURS)}
+        ratios = [ours[r["repeat"]]["tokens_per_second"] / r["tokens_per_second"] for r in here if ours]
+        middle = {key: statistics.median(r[key] for r in here) for key in here[0] if key not in ("model", "kind")}
+        rows.append(
+            (
+                f"{kind}, {name}",
+                f"{middle['tokens_per_second']:,.0f}",
+                f"{middle['milliseconds']:,.0f}",
+                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "-",
+                f"{middle['megabytes']:,.0f}",
+                f"{middle['gigaflops']:.0f}",
+                f"{middle['step_over_product']:.2f}",
+                f"{middle['parameters'] / 1e6:.2f}M",
             )
+        )
     header = ("model", "tokens/s", "ms a step", "hourglass is faster by", "peak MB", "GFLOP", "step / product", "size")
     return plain_table(header, rows)
 
