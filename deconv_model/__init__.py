@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from deconv_model.config import LevelConfig, LSTMConfig, ModelConfig, StackConfig
     from deconv_model.data import SequenceOrder, TokenStream
     from deconv_model.embeddings import freeze_rows, initialise_embedding, read_vectors, wanted_words
+    from deconv_model.export import load_exported, save_exported
     from deconv_model.generation import generate, generate_batch, stream
     from deconv_model.language_model import LanguageModel
     from deconv_model.model_summary import ModelSummary, summarise
@@ -48,6 +49,7 @@ _HOMES = {
     "config": ("LSTMConfig", "LevelConfig", "ModelConfig", "StackConfig"),
     "data": ("SequenceOrder", "TokenStream"),
     "embeddings": ("freeze_rows", "initialise_embedding", "read_vectors", "wanted_words"),
+    "export": ("load_exported", "save_exported"),
     "generation": ("generate", "generate_batch", "stream"),
     "language_model": ("LanguageModel",),
     "model_summary": ("ModelSummary", "summarise"),
@@ -86,9 +88,11 @@ __all__ = [
     "generate_texts",
     "initialise_embedding",
     "load_autoencoder",
+    "load_exported",
     "load_model",
     "preset",
     "read_vectors",
+    "save_exported",
     "save_model",
     "score",
     "score_documents",

@@ -23,6 +23,8 @@ def causal_attention(q_BNTD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
     """
     length = q_BNTD.shape[2]
     start = k_BNSD.shape[2] - length
+    if length == 1:  # all keys are visible
+        return F.scaled_dot_product_attention(q_BNTD, k_BNSD, v_BNSD)
     if q_BNTD.device.type != "cpu" and start == 0:
         return F.scaled_dot_product_attention(q_BNTD, k_BNSD, v_BNSD, is_causal=True)
     q_BNTD = q_BNTD * q_BNTD.shape[3] ** -0.5

@@ -27,10 +27,11 @@ from __future__ import annotations
 import copy
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,7 @@ SIZES_FILE = "programs.json"
 _FORMAT = 1
 _VOCABULARY_CHUNK = 4096  # ids whose logits the scoring holds at once
 _BATCH = 2  # of the examples: torch takes a batch of 1 for a constant
+_BATCH_DIM = {0: Dim.DYNAMIC}
 
 
 class StepPrograms(NamedTuple):
@@ -73,9 +75,7 @@ def export_scoring(model: LanguageModel) -> ExportedProgram:
     """
     ids_BT = torch.zeros(_BATCH, model.config.context_length, dtype=torch.int64, device=model.embedding.device)
     targets_BT = torch.zeros_like(ids_BT)  # torch takes the same tensor for the same input
-    batch = {0: Dim.DYNAMIC}
-    with torch.no_grad():
-        return torch.export.export(_Scoring(_frozen(model)), (ids_BT, targets_BT), dynamic_shapes=(batch, batch))
+    return _export(_Scoring(_frozen(model)), (ids_BT, targets_BT), (_BATCH_DIM, _BATCH_DIM))
 
 
 def export_step(model: LanguageModel) -> StepPrograms:
@@ -98,21 +98,19 @@ def export_step(model: LanguageModel) -> StepPrograms:
     names = {module: name for name, module in frozen.named_modules()}
     positions, examples = _first_block(frozen)
     keys = {f"{names[part]}.{name}": (part, name) for part, name in examples[0]}
-    batch = {0: Dim.DYNAMIC}
     ids_B = torch.zeros(_BATCH, dtype=torch.int64, device=frozen.embedding.device)
+    start = _export(_Start({name: examples[0][key] for name, key in keys.items()}), (ids_B,), (_BATCH_DIM,))
+    shapes = (_BATCH_DIM, Dim.DYNAMIC, dict.fromkeys(keys, _BATCH_DIM))
     steps = []
-    with torch.no_grad():
-        start_shapes = {name: examples[0][key] for name, key in keys.items()}
-        start = torch.export.export(_Start(start_shapes), (ids_B,), dynamic_shapes=(batch,))
-        for phase in range(stride):
-            step = _Step(frozen, phase, positions[phase], positions[stride], keys)
-            state = {name: torch.zeros_like(examples[phase][key]) for name, key in keys.items()}
-            shapes = (batch, Dim.DYNAMIC, dict.fromkeys(keys, batch))
-            program = torch.export.export(step, (ids_B, 2 * stride + phase, state), dynamic_shapes=shapes)
-            # Whole caches of zeros would be saved with the program; of the examples only the structure is used.
-            hollow = {name: tensor.new_zeros(()).expand(tensor.shape) for name, tensor in state.items()}
-            program.example_inputs = ((ids_B, 2 * stride + phase, hollow), {})
-            steps.append(program)
+    for phase in range(stride):
+        step = _Step(frozen, phase, positions[phase], positions[stride], keys)
+        position = 2 * stride + phase
+        state = {name: torch.zeros_like(examples[phase][key]) for name, key in keys.items()}
+        program = _export(step, (ids_B, position, state), shapes)
+        # Whole caches of zeros would be saved with the program; of the examples only the structure is used.
+        hollow = {name: tensor.new_zeros(()).expand(tensor.shape) for name, tensor in state.items()}
+        program.example_inputs = ((ids_B, position, hollow), {})
+        steps.append(program)
     return StepPrograms(start, tuple(steps))
 
 
@@ -372,6 +370,13 @@ def _first_block(model: LanguageModel) -> tuple[list[dict[nn.Module, int]], list
 def _frozen(model: LanguageModel) -> LanguageModel:
     """Return a copy in evaluation mode without gradients: a step would hold on to all before it."""
     return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def _export(module: nn.Module, examples: tuple[Any, ...], dynamic_shapes: tuple[Any, ...]) -> ExportedProgram:
+    with torch.no_grad(), warnings.catch_warnings():
+        # torch's LSTM lists its weights a second time, and torch.export takes the list for tensors of its own.
+        warnings.filterwarnings("ignore", message="The tensor attributes .*_flat_weights")
+        return torch.export.export(module, examples, dynamic_shapes=dynamic_shapes)
 
 
 def _numbered(steps: tuple[ExportedProgram, ...]) -> dict[str, ExportedProgram]:

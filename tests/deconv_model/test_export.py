@@ -41,13 +41,20 @@ def exported(tmp_path_factory: pytest.TempPathFactory):
     return folder / "programs", model
 
 
+@pytest.fixture(scope="module")
+def loaded(exported):
+    return load_exported(exported[0])
+
+
 @pytest.mark.parametrize(
     ("name", "dtype", "tolerance"),
     [
         ("one level, attention", torch.float32, 1e-5),
-        ("two levels, overlapping kernels, fine attention", torch.float64, 1e-10),
         ("LSTM, pointer", torch.float64, 1e-10),
-        pytest.param("three levels, attention everywhere", torch.float64, 1e-10, marks=pytest.mark.slow),
+        *(
+            pytest.param(name, torch.float64, 1e-10, marks=pytest.mark.slow)
+            for name in sorted(ALL_CONFIGS.keys() - {"one level, attention", "LSTM, pointer"})
+        ),
     ],
 )
 def test_the_programs_compute_what_the_model_does(tmp_path: Path, name: str, dtype: torch.dtype, tolerance) -> None:
@@ -75,9 +82,8 @@ def test_torch_alone_runs_them(exported) -> None:
     assert (losses - model.token_losses(ids, ids.roll(-1, dims=1))).abs().max() < 1e-10
 
 
-def test_an_exported_model_stands_in_for_the_model(exported) -> None:
-    folder, model = exported
-    loaded = load_exported(folder)
+def test_an_exported_model_stands_in_for_the_model(exported, loaded) -> None:
+    _, model = exported
     prompt = random_ids(5).tolist()
     new = generate(loaded, prompt, max_new_tokens=CONTEXT, seed=3)  # beyond the context
     assert new == generate(model, prompt, max_new_tokens=CONTEXT, seed=3)
@@ -86,9 +92,8 @@ def test_an_exported_model_stands_in_for_the_model(exported) -> None:
     np.testing.assert_allclose(score_documents(loaded, documents, start_id=0), expected, rtol=1e-9)
 
 
-def test_a_reordered_state_goes_on(exported) -> None:
-    folder, model = exported
-    loaded = load_exported(folder)
+def test_a_reordered_state_goes_on(exported, loaded) -> None:
+    _, model = exported
     ids = random_ids(2, 9)
     _, state = loaded.prefill(ids)
     state.reorder(torch.tensor([1, 0, 1]))
@@ -96,8 +101,7 @@ def test_a_reordered_state_goes_on(exported) -> None:
     assert (loaded.step(ids[:, -1], state) - model(ids)[:, -1]).abs().max() < 1e-10
 
 
-def test_the_weights_are_in_memory_once_and_ask_for_no_gradient(exported) -> None:
-    loaded = load_exported(exported[0])
+def test_the_weights_are_in_memory_once_and_ask_for_no_gradient(loaded) -> None:
     step = loaded._steps[1]
     shared = {parameter.data_ptr() for parameter in loaded.parameters()}
     assert {parameter.data_ptr() for parameter in step.parameters()} <= shared
@@ -112,8 +116,7 @@ def test_a_large_vocabulary_is_scored_in_chunks() -> None:
     assert (losses - model.token_losses(ids, ids.flip(0))).abs().max() < 1e-10
 
 
-def test_what_cannot_be_read_is_refused_in_one_line(exported) -> None:
-    loaded = load_exported(exported[0])
+def test_what_cannot_be_read_is_refused_in_one_line(loaded) -> None:
     _, state = loaded.prefill(random_ids(1, CONTEXT))
     with pytest.raises(ValueError, match="sequence of 37 tokens: must be 1 to context_length = 36"):
         loaded.step(random_ids(1), state)
@@ -143,13 +146,13 @@ def test_a_context_too_short_for_the_step_is_refused() -> None:
 def test_a_damaged_file_is_named(exported, tmp_path: Path) -> None:
     for file in exported[0].glob("*.*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    program = tmp_path / "step_1.pt2"
+    program = tmp_path / "scoring.pt2"
     for data in (program.read_bytes()[:-2000], b""):
         program.write_bytes(data)
-        with pytest.raises(ValueError, match=r"step_1\.pt2: not an exported program"):
+        with pytest.raises(ValueError, match=r"scoring\.pt2: not an exported program"):
             load_exported(tmp_path)
     program.unlink()
-    with pytest.raises(ValueError, match=r"step_1\.pt2: not an exported program"):
+    with pytest.raises(ValueError, match=r"scoring\.pt2: not an exported program"):
         load_exported(tmp_path)
     sizes = tmp_path / "programs.json"
     sizes.write_text(json.dumps({**json.loads(sizes.read_text()), "format": 9}))
