@@ -38,7 +38,12 @@ STEPS: dict[str, StepKind] = {
     "corpus": StepKind((), ("corpus",), ignored=("path",)),
     "tokenizer": StepKind(("corpus",), ("tokenizer",), ignored=("path",)),
     "tokens": StepKind(("corpus", "tokenizer"), ("tokens",)),
-    "train": StepKind(("tokenizer", "tokens"), ("model", "train"), ignored=("workers", "checkpoint_every")),
+    "train": StepKind(
+        ("tokenizer", "tokens"),
+        ("model", "train"),
+        version=2,
+        ignored=("workers", "checkpoint_every", "activation_checkpointing"),
+    ),
     "evaluate": StepKind(("tokenizer", "tokens", "train"), ("evaluate",)),
     "register": StepKind(("corpus", "tokenizer", "tokens", "train", "evaluate"), ("register",)),
 }

@@ -59,7 +59,9 @@ def test_a_setting_changes_its_step_and_those_that_follow(shards, override, sect
     assert changed(corpus_config(shards), [override]) == AFTER[section]
 
 
-@pytest.mark.parametrize("override", ["train.workers=2", "train.checkpoint_every=7"])
+@pytest.mark.parametrize(
+    "override", ["train.workers=2", "train.checkpoint_every=7", "train.activation_checkpointing=true"]
+)
 def test_settings_that_change_no_result_change_no_address(shards, override):
     assert changed(corpus_config(shards), [override]) == ()
 
@@ -70,8 +72,8 @@ def test_every_setting_of_every_section_is_in_an_address_or_known_to_be_ignored(
         "corpus": {"path"},
         "tokenizer": {"path"},
         "tokens": set(),
-        "model": {"workers", "checkpoint_every"},
-        "train": {"workers", "checkpoint_every"},
+        "model": {"workers", "checkpoint_every", "activation_checkpointing"},
+        "train": {"workers", "checkpoint_every", "activation_checkpointing"},
         "evaluate": set(),
         "register": set(),
     }
@@ -157,12 +159,12 @@ def test_addresses_of_steps_do_not_change_with_the_release():
     model = {"context_length": 64, "levels": [{"width": 16}]}
     config = {"model": model, "train": {"steps": 3, "workers": 2, "checkpoint_every": 9}}
     with pytest.raises(ConfigError, match="is not the address") as caught:
-        StepSpec.from_dict(spec_data(step="train", config=config))
+        StepSpec.from_dict(spec_data(step="train", version=2, config=config))
     assert "evaluate-" in str(caught.value)
     identity = {"model": model, "train": {"steps": 3}}
-    address = step_address("train", 1, identity, {"tokens": "tokens-1"})
-    assert address == "train-d830b50e0944"
-    assert StepSpec.from_dict(spec_data(step="train", config=config, address=address)).config == config
+    address = step_address("train", 2, identity, {"tokens": "tokens-1"})
+    assert address == "train-961ab05853bf"
+    assert StepSpec.from_dict(spec_data(step="train", version=2, config=config, address=address)).config == config
 
 
 @pytest.mark.parametrize(
