@@ -157,6 +157,7 @@ def test_a_new_vector_gives_every_position_back_its_own() -> None:
     torch.testing.assert_close(model.from_latent.weight @ model.to_latent.weight, torch.eye(64), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["cross_entropy", "embedding"])
 @pytest.mark.parametrize("config", [SPATIAL, VECTOR], ids=["spatial", "vector"])
 def test_both_latents_learn_to_keep_random_sequences_with_both_losses(config: AutoencoderConfig, loss: Any) -> None:

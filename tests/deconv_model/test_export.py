@@ -15,6 +15,8 @@ from tests.deconv_model.small_models import ALL_CONFIGS, CONFIGS, CONTEXT, VOCAB
 
 torch.set_num_threads(1)
 
+pytestmark = pytest.mark.slow  # tracing takes seconds a program
+
 _TORCH_ALONE = """
 import sys, torch
 folder, strides = sys.argv[1], int(sys.argv[2])

@@ -37,6 +37,7 @@ def train_and_write(rank, world_size, folder, config, dropout):
     write_checkpoint(folder / f"{world_size}-{rank}", {"trainer": trainer.state_dict(), "gradient": gradient}, 1)
 
 
+@pytest.mark.slow
 def test_the_number_of_ranks_changes_nothing_but_rounding(tmp_path, shards):
     """Two sequences a batch: of three ranks, one has nothing to do."""
     for steps, batch_size in ((1, 5), (4, 2)):

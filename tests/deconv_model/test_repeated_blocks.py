@@ -53,6 +53,7 @@ def test_recomputed_blocks_have_the_same_gradients(name):
         assert torch.equal(gradient, expected[key]), key
 
 
+@pytest.mark.slow
 def test_blocks_of_the_same_sizes_share_compiled_code(without_code_generation):
     """Two of the three blocks are alike; the limit on how many may differ is raised to what the model needs."""
     plain, compiled = TinyStack(dropout=0.0), TinyStack(dropout=0.0)
