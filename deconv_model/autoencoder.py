@@ -127,9 +127,7 @@ class Autoencoder(nn.Module):
         is_token_BT = targets_BT != config.blank_id
         x_RC, targets_R = x_BTC[is_token_BT], targets_BT[is_token_BT]
         if not len(targets_R):
-            return (x_BTC * 0.0).sum(
-                dim=-1
-            )  # the softmax takes at least one row; this can be differentiated all the same
+            return (x_BTC * 0.0).sum(dim=-1)  # the softmax takes at least one row; this has a gradient all the same
         if config.loss == "embedding":
             # Rows that were drawn to the outputs would all become the same one, which costs nothing.
             losses_R = 1.0 - (x_RC * F.embedding(targets_R, self._unit_rows().detach())).sum(dim=-1)

@@ -27,11 +27,10 @@ from torch import Tensor
 from deconv_model.autoencoder import Autoencoder
 from deconv_model.autoencoder_config import AutoencoderConfig, NoiseConfig
 from deconv_model.noise import add_noise
-from deconv_model.numerics import resolve_precision
 from deconv_model.optim import build_optimizers
 from deconv_model.training_config import TrainingConfig
 from pipelines.report import plain_table
-from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.machine import cpu_precision, describe_machine
 from tests.benchmarks.wikitext import BPE_IDS, BYTE_VALUES, DATA, load_wikitext, write_json
 
 ADAMW_LR = 0.004
@@ -137,7 +136,7 @@ def train(name: str, recipe: Recipe, splits: tuple[Tensor, Tensor]) -> dict[str,
         starts = torch.randint(len(splits[0]) - config.context_length + 1, (recipe.batch_size, 1), generator=generator)
         random = NoiseConfig(substitution=recipe.random_tokens)
         clean = add_noise(splits[0][starts + places_T], random, config.vocab_size, generator)
-        with _precision():
+        with cpu_precision():
             noisy = add_noise(clean, recipe.noise, config.vocab_size, generator)
             loss = model.token_losses(noisy, clean).mean()
         loss.backward()
@@ -184,7 +183,7 @@ def _accuracy(model: Autoencoder, windows: Tensor, noise: NoiseConfig) -> tuple[
     right = right_before = 0
     for clean in windows.split(32):
         noisy = add_noise(clean, noise, model.config.vocab_size, generator)
-        with _precision():
+        with cpu_precision():
             right += int((model.denoise(noisy) == clean).sum())
         right_before += int((noisy == clean).sum())
     return right / windows.numel(), right_before / windows.numel()
@@ -194,11 +193,6 @@ def _schedule(used: float) -> float:
     if used < WARMUP:
         return used / WARMUP
     return 1.0 if used < CONSTANT_UNTIL else 1.0 - (1.0 - FINAL) * (used - CONSTANT_UNTIL) / (1.0 - CONSTANT_UNTIL)
-
-
-def _precision() -> torch.autocast:
-    fast = resolve_precision("auto", torch.device("cpu")) == "bfloat16"
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast)
 
 
 def _table(results: list[dict[str, Any]]) -> str:

@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.generation --json generation.json
 
-Each model reads a text of three quarters of its context and generates the rest greedily; counted is the speed over the
-last tokens, where a cache of keys and values is longest. The speed in the middle of the text is beside it: for a model
-without attention they should be the same. A repeat measures all models one after another; ratios are taken within it.
-One thread on a CPU; a GPU is used where there is one.
+Each model reads all but the end of a text as long as its context and generates that greedily; counted is the speed over
+the last 64 tokens, where a cache of keys and values is longest. The speed at the end of a text of a quarter of the
+context is beside it: for a model without attention they should be the same. A repeat measures all models one after
+another; ratios are taken within it. One thread on a CPU; a GPU is used where there is one.
 """
 
 from __future__ import annotations

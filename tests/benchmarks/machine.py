@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from deconv_model.numerics import resolve_precision
+
 
 def device() -> torch.device:
     """Return the GPU if there is one, else the CPU."""
@@ -24,6 +26,12 @@ def wait() -> None:
     """Wait until the device has done all it was asked for."""
     if device().type == "cuda":
         torch.cuda.synchronize()
+
+
+def cpu_precision() -> torch.autocast:
+    """Return the context in which a CPU computes matrix products as fast as it can."""
+    fast = resolve_precision("auto", torch.device("cpu")) == "bfloat16"
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast)
 
 
 def describe_machine() -> str:

@@ -30,11 +30,10 @@ from torch import Tensor
 from deconv_model.config import TrainingConfig
 from deconv_model.language_model import LanguageModel
 from deconv_model.model_summary import summarise
-from deconv_model.numerics import resolve_precision
 from deconv_model.optim import build_optimizers
 from pipelines.report import plain_table
 from tests.benchmarks.contenders import BASELINES, CONTENDERS, CONTEXT, OURS, Contender
-from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.machine import cpu_precision, describe_machine
 from tests.benchmarks.wikitext import DATA, Split, load_wikitext, write_json
 
 BATCH_TOKENS = 4096
@@ -63,7 +62,7 @@ def train(name: str, seed: int, budget: float, unit: str, kind: Any, data: Path)
         if used >= 1.0:
             break
         ids = next(batches)
-        with _precision():
+        with cpu_precision():
             loss = model.token_losses(ids[:, :-1], ids[:, 1:]).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -99,11 +98,6 @@ def _schedule(used: float) -> float:
     return 1.0 if used < CONSTANT_UNTIL else 1.0 - (1.0 - FINAL) * (used - CONSTANT_UNTIL) / (1.0 - CONSTANT_UNTIL)
 
 
-def _precision() -> torch.autocast:
-    fast = resolve_precision("auto", torch.device("cpu")) == "bfloat16"
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast)
-
-
 def _batches(split: Split, length: int, seed: int) -> Iterator[Tensor]:
     """Yield batches of ids, a new random offset and order of the windows each epoch."""
     generator = np.random.default_rng(seed)
@@ -126,7 +120,7 @@ def _evaluate(model: LanguageModel, split: Split, length: int) -> float:
     groups = [np.stack(whole[i : i + 8]) for i in range(0, len(whole), 8)] + [b[None] for b in blocks[len(whole) :]]
     for group in groups:
         ids = torch.from_numpy(group)
-        with _precision():
+        with cpu_precision():
             total += float(model.token_losses(ids[:, :-1], ids[:, 1:]).sum(dtype=torch.float64))
     return total / math.log(2) / (len(split.ids) - 1)
 
