@@ -1,7 +1,7 @@
 """Models of three sizes, for bytes and for subwords, that need no thought to begin with.
 
-``tiny`` for subwords is the shape that was best in the experiments on WikiText-2 (README); the others follow it in other
-widths and depths and were not searched for.
+``tiny`` for subwords is the shape that was best in the experiments on WikiText-2 (README); the others follow it in
+other widths and depths and were not searched for.
 """
 
 from __future__ import annotations
